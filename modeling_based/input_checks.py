@@ -1,0 +1,60 @@
+"""Checks of what a BASED model is called with: clear errors where tensors would fail obscurely, or not at all."""
+
+import torch
+from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.utils import is_torchdynamo_compiling
+
+from .cache_based import RingSlidingWindowLayer
+
+
+def check_input_ids(input_ids: torch.Tensor, vocab_size: int, *, on_any_device: bool = False) -> None:
+    """Raises ValueError where an embedding would fail obscurely. Values are read on the CPU only: a GPU would have to wait."""
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be integers (torch.long), not {input_ids.dtype}")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, seq_len], not of shape {tuple(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise ValueError("the prompt is empty: give at least one token (the tokenizer's bos token, say)")
+    if is_torchdynamo_compiling() or input_ids.device.type == "meta":
+        return
+    if on_any_device or input_ids.device.type == "cpu":
+        low, high = input_ids.min().item(), input_ids.max().item()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"input_ids holds {low if low < 0 else high}, which is outside the vocabulary (0 to {vocab_size - 1}):"
+                " was the text encoded with another model's tokenizer?"
+            )
+
+
+def check_cache(past_key_values: Cache, batch_size: int, num_layers: int) -> None:
+    """Raises ValueError if a cache is for another batch size or another number of layers."""
+    if len(past_key_values.layers) != num_layers:
+        raise ValueError(
+            f"the cache has {len(past_key_values.layers)} layers but the model has {num_layers}:"
+            " make it with BasedCache(model.config)"
+        )
+    for layer in past_key_values.layers:
+        if isinstance(layer, RingSlidingWindowLayer):
+            tensors = [layer._ring_keys]
+        elif isinstance(layer, LinearAttentionLayer):
+            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        else:
+            tensors = [layer.keys]
+        for tensor in tensors:
+            if tensor is not None and tensor.numel() and tensor.shape[0] != batch_size:
+                raise ValueError(
+                    f"the cache holds a batch of {tensor.shape[0]} sequences but the input has {batch_size}:"
+                    " pass a cache made for this batch, or none"
+                )
+
+
+def packed_boundaries(position_ids: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor | None:
+    """cu_seqlens where position_ids of a batch of one start over at 0 inside the row, else None."""
+    if is_torchdynamo_compiling() or batch_size != 1 or position_ids.dim() != 2 or seq_len == 1:
+        return None
+    starts = (position_ids[0] == 0).nonzero().flatten()
+    if len(starts) < 2:
+        return None
+    inner = starts[starts > 0]
+    bounds = [inner.new_zeros(1), inner, inner.new_full((1,), seq_len)]
+    return torch.cat(bounds).to(torch.int32)

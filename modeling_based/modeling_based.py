@@ -1,0 +1,414 @@
+# Copyright 2026 The geobased authors. Licensed under the Apache License, Version 2.0.
+"""BASED language models (Arora et al. 2024).
+
+- three mixers, one per layer: gated short convolution, Taylor linear attention, sliding window attention
+- pre-norm blocks with SwiGLU, RMSNorm, a residual stream kept in float32, a tied head, rotary embedding in sliding layers only
+- a cache of constant size per sequence (`BasedCache`): a sequence can go on for ever
+- left padding is exact: a padded row gives the same logits as the row alone
+- with geobased installed the ops run as Triton kernels on a GPU; without it, as the plain PyTorch twins beside this file
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_based import BasedCache, RingSlidingWindowLayer
+from .configuration_based import BasedConfig
+from .input_checks import check_cache, check_input_ids, packed_boundaries
+from .mixers_based import (
+    MIXER_CLASSES,
+    BasedGatedShortConvolution,
+    BasedMLP,
+    BasedRMSNorm,
+    BasedRotaryEmbedding,
+    BasedSlidingAttention,
+    BasedTaylorLinearAttention,
+)
+from .taylor_linear_attention_reference import packed_feature_count
+
+
+class BasedDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: BasedConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = MIXER_CLASSES[config.mixers[layer_idx]](config, layer_idx)
+        self.post_mixer_layernorm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = BasedMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_mixer_layernorm(hidden_states))
+
+
+class BasedPreTrainedModel(PreTrainedModel):
+    config: BasedConfig
+    config_class = BasedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BasedDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": BasedDecoderLayer, "attentions": BasedSlidingAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, BasedRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, BasedGatedShortConvolution):
+            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
+            init.normal_(module.out_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, BasedTaylorLinearAttention | BasedSlidingAttention):
+            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, BasedMLP):
+            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+
+    def state_size_bytes(self, batch_size: int = 1) -> int:
+        """Bytes of the generation state of `batch_size` sequences. It does not depend on how long they are."""
+        config, element = self.config, self.dtype.itemsize
+        per_mixer = {
+            # running sums are float32 in a half-precision model too
+            "linear_attention": config.num_attention_heads
+            * packed_feature_count(config.feature_dim)
+            * (config.head_dim + 1)
+            * max(element, 4),
+            "sliding_attention": 2 * config.num_attention_heads * config.head_dim * config.sliding_window * element,
+            "conv": config.conv_dim * config.conv_kernel * element,
+        }
+        return batch_size * sum(per_mixer[mixer] for mixer in config.mixers)
+
+
+class BasedModel(BasedPreTrainedModel):
+    """The decoder without a head.
+
+    Example:
+
+    ```python
+    >>> from geobased import BasedConfig, BasedModel
+    >>> model = BasedModel(BasedConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128))
+    >>> model(torch.tensor([[1, 2, 3]])).last_hidden_state.shape
+    torch.Size([1, 3, 64])
+    ```
+    """
+
+    def __init__(self, config: BasedConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([BasedDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = BasedRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [batch, seq_len] (or inputs_embeds [batch, seq_len, hidden_size]) -> last_hidden_state.
+
+        attention_mask [batch, past + seq_len] is 0 at padding, on either side. `cu_seq_lens_q` [n + 1] (as transformers'
+        `DataCollatorWithFlattening` gives it) packs n sequences into a batch of one; they do not see each other. Packing that
+        is only told by `position_ids` starting over at 0 is recognised too.
+
+        Raises `ValueError` for an empty prompt, ids that are no ids, and a mask or cache that does not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            check_input_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, seq_len, _ = inputs_embeds.shape
+        if seq_len == 0:
+            raise ValueError("the prompt is empty: give at least one token (the tokenizer's bos token, say)")
+
+        if use_cache and past_key_values is None:
+            past_key_values = BasedCache(self.config)
+        past_length = 0
+        if past_key_values is not None:
+            check_cache(past_key_values, batch, self.config.num_hidden_layers)
+            past_length = past_key_values.get_seq_length()
+        cu_seqlens = cu_seq_lens_q
+        if cu_seqlens is None and position_ids is not None and past_key_values is None and attention_mask is None:
+            cu_seqlens = packed_boundaries(position_ids, batch, seq_len)
+        if cu_seqlens is not None and past_key_values is not None:
+            raise ValueError("packed sequences (cu_seq_lens_q) cannot be used with a cache: pass use_cache=False")
+        if position_ids is None:
+            position_ids = torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + past_length
+
+        masks, windowed = self._masks(
+            inputs_embeds, attention_mask, position_ids, past_key_values, past_length, cu_seqlens is not None
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        if self.config.residual_in_fp32 and hidden_states.dtype in (torch.float16, torch.bfloat16):
+            hidden_states = hidden_states.float()
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cu_seqlens=cu_seqlens,
+                windowed=windowed,
+                **kwargs,
+            )
+        if isinstance(past_key_values, BasedCache):
+            past_key_values.count_tokens(seq_len)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+        past_length: int,
+        packed: bool,
+    ) -> tuple[dict[str, torch.Tensor | None], bool]:
+        """A mask for each layer type, and whether sliding layers run our windowed op (which reads a padding mask)."""
+        if isinstance(attention_mask, dict):  # `generate` with a static cache has built transformers' masks already
+            return attention_mask, False
+        seq_len = inputs_embeds.shape[1]
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] != past_length + seq_len:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns but there are {past_length} tokens in the cache and"
+                f" {seq_len} new ones: it must cover all {past_length + seq_len}"
+            )
+        padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if padding is not None and not is_torchdynamo_compiling() and not padding.is_cuda and bool(padding.all()):
+            padding = None
+        # a single new token is never padding
+        new_padding = None if padding is None or seq_len == 1 else padding[:, past_length:]
+
+        window_layer = None
+        if past_key_values is not None and any(past_key_values.is_sliding):
+            window_layer = past_key_values.layers[past_key_values.is_sliding.index(True)]
+        windowed = (
+            self.config._attn_implementation == "sdpa"
+            and (attention_mask is None or attention_mask.dim() == 2)
+            and (window_layer is None or isinstance(window_layer, RingSlidingWindowLayer | DynamicSlidingWindowLayer))
+            and not (self.training and self.config.attention_dropout > 0)
+        )
+        if packed and not windowed:
+            raise ValueError(
+                'packed sequences need attn_implementation="sdpa" (the default), no 4-D mask and attention_dropout=0'
+            )
+        if not windowed:
+            sliding = None
+            if "sliding_attention" in self.config.layer_types:
+                sliding = create_sliding_window_causal_mask(
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+        elif padding is None:
+            sliding = None
+        elif seq_len == 1 and isinstance(window_layer, RingSlidingWindowLayer):
+            sliding = padding[:, window_layer.slot_positions(1, padding.device)]
+        else:
+            kept = past_length and window_layer is not None and window_layer.get_mask_sizes(seq_len)[0]
+            sliding = padding[:, -kept:] if kept else padding
+        return {"sliding_attention": sliding, "linear_attention": new_padding}, windowed
+
+
+class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
+    """A BASED language model with its (tied) head.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> import geobased
+    >>> path = geobased.checkpoint_path("based-mini")
+    >>> model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    >>> output = model.generate(**tokenizer("The weather", return_tensors="pt"), max_new_tokens=20)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: BasedConfig):
+        super().__init__(config)
+        self.model = BasedModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As [`BasedModel`], plus logits [batch, kept, vocab_size] and, with labels [batch, seq_len] (-100 is ignored), the loss.
+
+        `logits_to_keep`: only the last so many positions get logits (0: all), or a tensor of positions.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """transformers' `generate`, with a [`BasedCache`] by default and padded vocabulary ids never picked."""
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is not None:
+            check_input_ids(prompt, self.config.vocab_size, on_any_device=True)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        generation_config, *rest = super()._prepare_generation_config(*args, **kwargs)
+        real = self.config.unpadded_vocab_size
+        if real is not None and real < self.config.vocab_size:
+            padding = set(range(real, self.config.vocab_size))
+            generation_config.suppress_tokens = sorted(padding.union(generation_config.suppress_tokens or []))
+        return generation_config, *rest
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs):
+        wants_default = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
+        if wants_default and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = BasedCache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in transformers. New ids are real ones: the vocabulary's padding ends where the embedding did."""
+        old_num_tokens = self.config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.unpadded_vocab_size is not None and self.config.vocab_size != old_num_tokens:
+            real = self.config.vocab_size if new_num_tokens is None else min(new_num_tokens, self.config.vocab_size)
+            self.config.unpadded_vocab_size = real
+        return embeddings
+
+
+class BasedForSequenceClassification(BasedPreTrainedModel):
+    """A BASED model with a linear head on the last real token: classifiers and reward models (`num_labels=1`)."""
+
+    def __init__(self, config: BasedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = BasedModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """logits [batch, num_labels], read at the last token that is not padding (left or right padding alike).
+
+        That token is told by attention_mask, or without one by config.pad_token_id. Raises `ValueError` for a batch of
+        several rows without either.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        last = self._last_token(input_ids, attention_mask, hidden)
+        logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_token(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        batch, seq_len = hidden.shape[:2]
+        positions = torch.arange(seq_len, device=hidden.device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -seq_len:].to(hidden.device) != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif batch == 1:
+            return positions[-1:]
+        else:
+            raise ValueError(f"cannot tell padding in a batch of {batch}: pass attention_mask, or set model.config.pad_token_id")
+        return (positions * real).argmax(-1)
+
+
+__all__ = [
+    "BasedForCausalLM",
+    "BasedForSequenceClassification",
+    "BasedModel",
+    "BasedPreTrainedModel",
+]

@@ -1,0 +1,54 @@
+"""BASED language models inside the Hugging Face ecosystem.
+
+Importing this package registers its models with transformers, so that `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
+`AutoModelForSequenceClassification` know them. Kernels, training, recall and the command line load on first use.
+"""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ._version import __version__
+from .modeling_based import (
+    BasedCache,
+    BasedConfig,
+    BasedForCausalLM,
+    BasedForSequenceClassification,
+    BasedModel,
+    BasedPreTrainedModel,
+)
+from .modeling_based.official_format import explain_official_checkpoints
+
+AutoConfig.register("based", BasedConfig, exist_ok=True)
+AutoModel.register(BasedConfig, BasedModel, exist_ok=True)
+AutoModelForCausalLM.register(BasedConfig, BasedForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(BasedConfig, BasedForSequenceClassification, exist_ok=True)
+explain_official_checkpoints()
+
+
+def checkpoint_path(name: str = "based-mini") -> str:
+    """Folder of a trained model that ships with this package; `from_pretrained` loads it without a network.
+
+    Raises `ValueError` if there is no such model; the message lists those there are.
+    """
+    folder = Path(__file__).parent / "checkpoints"
+    if not folder.is_dir():  # an editable install maps the folder instead of copying it
+        from . import checkpoints
+
+        folder = Path(checkpoints.__file__).parent
+    names = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if name not in names:
+        raise ValueError(f"no checkpoint named {name!r} ships with geobased; there are: {', '.join(names) or 'none'}")
+    return str(folder / name)
+
+
+__all__ = [
+    "BasedCache",
+    "BasedConfig",
+    "BasedForCausalLM",
+    "BasedForSequenceClassification",
+    "BasedModel",
+    "BasedPreTrainedModel",
+    "__version__",
+    "checkpoint_path",
+]
