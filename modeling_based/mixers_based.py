@@ -90,6 +90,14 @@ class BasedRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():  # `model.bfloat16()` must not round the frequencies
+            if getattr(self, name).dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: BasedConfig, device: torch.device | None = None, **kwargs):
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float)
@@ -98,9 +106,11 @@ class BasedRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids [batch or 1, seq_len] -> cos, sin [batch or 1, seq_len, head_dim], computed in float32."""
+        """position_ids [batch or 1, seq_len] -> cos, sin [batch or 1, seq_len, head_dim] in x's dtype."""
+        # angles lose all meaning in half precision; float64 models are for comparison with references and get float64
+        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            freqs = position_ids[..., None].float() * self.inv_freq.float().to(x.device)
+            freqs = position_ids[..., None].to(precise) * self.inv_freq.to(x.device, precise)
             angles = torch.cat((freqs, freqs), dim=-1)
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)

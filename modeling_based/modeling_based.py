@@ -54,6 +54,14 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_mixer_layernorm(hidden_states))
 
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_based.BasedConfig",
+    "AutoModel": "modeling_based.BasedModel",
+    "AutoModelForCausalLM": "modeling_based.BasedForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_based.BasedForSequenceClassification",
+}
+
+
 class BasedPreTrainedModel(PreTrainedModel):
     config: BasedConfig
     config_class = BasedConfig
@@ -83,6 +91,12 @@ class BasedPreTrainedModel(PreTrainedModel):
             init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
         elif isinstance(module, BasedMLP):
             init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers. The folder also holds the code, for `trust_remote_code=True` where geobased is not installed."""
+        if self._auto_class is not None:  # transformers itself enters only the class that is saved
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def state_size_bytes(self, batch_size: int = 1) -> int:
         """Bytes of the generation state of `batch_size` sequences. It does not depend on how long they are."""

@@ -20,9 +20,15 @@ from .modeling_based import (
 from .modeling_based.official_format import explain_official_checkpoints
 
 AutoConfig.register("based", BasedConfig, exist_ok=True)
-AutoModel.register(BasedConfig, BasedModel, exist_ok=True)
-AutoModelForCausalLM.register(BasedConfig, BasedForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(BasedConfig, BasedForSequenceClassification, exist_ok=True)
+BasedConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, BasedModel),
+    (AutoModelForCausalLM, BasedForCausalLM),
+    (AutoModelForSequenceClassification, BasedForSequenceClassification),
+):
+    auto_class.register(BasedConfig, model_class, exist_ok=True)
+    # saved models carry their code, so that they load without this package too
+    model_class.register_for_auto_class(auto_class.__name__)
 explain_official_checkpoints()
 
 
