@@ -69,8 +69,6 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
     if not tensor.is_cuda or tensor.dtype == torch.float64:
         return "torch"
     if not triton_is_installed():
-        _warn_once(
-            'Triton is not installed: geobased uses its slower plain PyTorch kernels. pip install "geobased[triton]"'
-        )
+        _warn_once('Triton is not installed: geobased uses its slower plain PyTorch kernels. pip install "geobased[triton]"')
         return "torch"
     return "triton"
