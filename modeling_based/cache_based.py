@@ -207,7 +207,7 @@ class BasedCache(DynamicCache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
-                layer.reorder_cache(indices)
+                layer.reorder_cache(indices)  # type: ignore[arg-type]
             else:
                 layer.batch_select_indices(indices)
 
@@ -217,7 +217,7 @@ class BasedCache(DynamicCache):
                 batch = next((t.shape[0] for t in _states(layer)), 0)
                 if batch:
                     device = next(_states(layer)).device
-                    layer.reorder_cache(torch.arange(batch, device=device).repeat_interleave(repeats))
+                    layer.reorder_cache(torch.arange(batch, device=device).repeat_interleave(repeats))  # type: ignore[arg-type]
             else:
                 layer.batch_repeat_interleave(repeats)
 

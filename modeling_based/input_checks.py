@@ -26,6 +26,24 @@ def check_input_ids(input_ids: torch.Tensor, vocab_size: int, *, on_any_device: 
             )
 
 
+def check_attention_mask(mask: torch.Tensor, batch_size: int, past_length: int, seq_len: int, has_running_state: bool) -> None:
+    """Raises ValueError if a mask does not fit, or is one that the layers with a running state could not follow."""
+    if mask.dim() == 4 and has_running_state:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} says which token sees which, but convolution and linear attention"
+            " layers sum up all tokens: give a padding mask [batch, seq_len], or pack sequences with cu_seq_lens_q"
+        )
+    if mask.dim() not in (2, 4):
+        raise ValueError(f"attention_mask must be [batch, seq_len], not of shape {tuple(mask.shape)}")
+    if mask.dim() == 2 and mask.shape[1] != past_length + seq_len:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns but there are {past_length} tokens in the cache and"
+            f" {seq_len} new ones: it must cover all {past_length + seq_len}"
+        )
+    if mask.shape[0] != batch_size:
+        raise ValueError(f"attention_mask has {mask.shape[0]} rows but the input has {batch_size}")
+
+
 def check_cache(past_key_values: Cache, batch_size: int, num_layers: int) -> None:
     """Raises ValueError if a cache is for another batch size or another number of layers."""
     if len(past_key_values.layers) != num_layers:
@@ -46,6 +64,13 @@ def check_cache(past_key_values: Cache, batch_size: int, num_layers: int) -> Non
                     f"the cache holds a batch of {tensor.shape[0]} sequences but the input has {batch_size}:"
                     " pass a cache made for this batch, or none"
                 )
+
+
+def single_tokens_are_real(padding: torch.Tensor) -> bool:
+    """Whether no row of padding [batch, 1] is 0. Taken for granted where values cannot be read: in compiled or captured code."""
+    if is_torchdynamo_compiling() or (padding.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return True
+    return bool(padding.all())
 
 
 def packed_boundaries(position_ids: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor | None:

@@ -17,10 +17,10 @@ try:
     from geobased.kernels.sliding_window_attention import sliding_window_attention
     from geobased.kernels.taylor_linear_attention import taylor_linear_attention, taylor_linear_attention_step
 except ImportError:
-    from .gated_short_convolution_reference import gated_short_convolution_reference as gated_short_convolution
-    from .sliding_window_attention_reference import sliding_window_attention_reference as sliding_window_attention
-    from .taylor_linear_attention_reference import taylor_linear_attention_reference as taylor_linear_attention
-    from .taylor_linear_attention_reference import (
+    from .gated_short_convolution_reference import gated_short_convolution_reference as gated_short_convolution  # type: ignore[assignment]
+    from .sliding_window_attention_reference import sliding_window_attention_reference as sliding_window_attention  # type: ignore[assignment]
+    from .taylor_linear_attention_reference import taylor_linear_attention_reference as taylor_linear_attention  # type: ignore[assignment]
+    from .taylor_linear_attention_reference import (  # type: ignore[assignment]
         taylor_linear_attention_step_reference as taylor_linear_attention_step,
     )
 
@@ -35,7 +35,8 @@ def apply_rotary_pos_emb(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k [batch, seq_len, heads, head_dim]; cos, sin [batch or 1, seq_len, head_dim]."""
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    # under autocast q and k are in half precision beside v, and cos and sin are not
+    return (q * cos + rotate_half(q) * sin).to(q.dtype), (k * cos + rotate_half(k) * sin).to(k.dtype)
 
 
 def eager_attention_forward(
@@ -116,6 +117,20 @@ class BasedRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+def residual_output(projection: nn.Linear) -> nn.Linear:
+    """Marks a projection that writes to the residual stream: its weights start smaller."""
+    projection.writes_to_residual = True  # type: ignore[assignment]
+    return projection
+
+
+class BasedShortConvolution(nn.Conv1d):
+    """The depthwise weight, with the gated convolution as its forward: hooks that fetch an offloaded weight run on a call."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor, **kwargs) -> torch.Tensor:  # type: ignore[override]
+        """x, gate [batch, seq_len, channels] -> silu(conv(x)) * gate."""
+        return gated_short_convolution(x, gate, self.weight.squeeze(1), **kwargs)
+
+
 class BasedGatedShortConvolution(nn.Module):
     """out_proj(silu(conv(x)) * gate), with x and gate the two halves of in_proj."""
 
@@ -123,8 +138,10 @@ class BasedGatedShortConvolution(nn.Module):
         super().__init__()
         self.layer_idx, self.kernel_size = layer_idx, config.conv_kernel
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.conv_dim, bias=config.conv_proj_bias)
-        self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.conv_kernel, groups=config.conv_dim, bias=False)
-        self.out_proj = nn.Linear(config.conv_dim, config.hidden_size, bias=config.conv_proj_bias)
+        self.conv1d = BasedShortConvolution(
+            config.conv_dim, config.conv_dim, config.conv_kernel, groups=config.conv_dim, bias=False
+        )
+        self.out_proj = residual_output(nn.Linear(config.conv_dim, config.hidden_size, bias=config.conv_proj_bias))
 
     def forward(
         self,
@@ -142,9 +159,7 @@ class BasedGatedShortConvolution(nn.Module):
                 x, attention_mask = x * attention_mask.unsqueeze(-1).to(x.dtype), None
             inputs = past_key_values.update_conv_state(x.transpose(1, 2), self.layer_idx, conv_kernel_size=self.kernel_size)
             state = inputs[..., : inputs.shape[-1] - seq_len]
-        y = gated_short_convolution(
-            x, gate, self.conv1d.weight.squeeze(1), state=state, attention_mask=attention_mask, cu_seqlens=cu_seqlens
-        )
+        y = self.conv1d(x, gate, state=state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         return self.out_proj(y), None
 
 
@@ -157,7 +172,7 @@ class BasedTaylorLinearAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.feature_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.feature_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.o_proj = residual_output(nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False))
 
     def forward(
         self,
@@ -184,6 +199,8 @@ class BasedTaylorLinearAttention(nn.Module):
                     q, k, v, attention_mask=attention_mask, initial_state=state, output_final_state=True
                 )
                 past_key_values.update_recurrent_state(state, self.layer_idx)
+                if layer.device is None:  # transformers' layer learns it from convolution states only; offloading needs it
+                    layer.dtype, layer.device = state.dtype, state.device
         return self.o_proj(y.reshape(batch, seq_len, -1)), None
 
 
@@ -207,7 +224,7 @@ class BasedSlidingAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.o_proj = residual_output(nn.Linear(width, config.hidden_size, bias=False))
 
     def forward(
         self,
@@ -278,7 +295,7 @@ class BasedMLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=False))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

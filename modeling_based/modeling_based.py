@@ -22,21 +22,21 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple, is_torchdynamo_compiling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_based import BasedCache, RingSlidingWindowLayer
 from .configuration_based import BasedConfig
-from .input_checks import check_cache, check_input_ids, packed_boundaries
+from .input_checks import check_attention_mask, check_cache, check_input_ids, packed_boundaries, single_tokens_are_real
 from .mixers_based import (
     MIXER_CLASSES,
-    BasedGatedShortConvolution,
     BasedMLP,
     BasedRMSNorm,
     BasedRotaryEmbedding,
+    BasedShortConvolution,
     BasedSlidingAttention,
-    BasedTaylorLinearAttention,
 )
 from .taylor_linear_attention_reference import packed_feature_count
 
@@ -80,17 +80,12 @@ class BasedPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, BasedRMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, BasedGatedShortConvolution):
-            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
-            init.normal_(module.out_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, BasedTaylorLinearAttention | BasedSlidingAttention):
-            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, BasedMLP):
-            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+        # only modules with weights of their own: for models outside its own package transformers calls this for no others
+        if isinstance(module, BasedShortConvolution):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, nn.Linear) and getattr(module, "writes_to_residual", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers. The folder also holds the code, for `trust_remote_code=True` where geobased is not installed."""
@@ -146,7 +141,7 @@ class BasedModel(BasedPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """input_ids [batch, seq_len] (or inputs_embeds [batch, seq_len, hidden_size]) -> last_hidden_state.
 
@@ -165,19 +160,20 @@ class BasedModel(BasedPreTrainedModel):
         if seq_len == 0:
             raise ValueError("the prompt is empty: give at least one token (the tokenizer's bos token, say)")
 
-        if use_cache and past_key_values is None:
+        cu_seqlens = cu_seq_lens_q
+        if cu_seqlens is None and position_ids is not None and past_key_values is None and attention_mask is None:
+            cu_seqlens = packed_boundaries(position_ids, batch, seq_len)
+        if cu_seqlens is not None and past_key_values is not None:
+            raise ValueError("packed sequences (cu_seq_lens_q) cannot be used with a cache: leave past_key_values out")
+        # of packed sequences there is nothing to go on with, so none is made for them although use_cache defaults to True
+        if use_cache and past_key_values is None and cu_seqlens is None:
             past_key_values = BasedCache(self.config)
         past_length = 0
         if past_key_values is not None:
             check_cache(past_key_values, batch, self.config.num_hidden_layers)
             past_length = past_key_values.get_seq_length()
-        cu_seqlens = cu_seq_lens_q
-        if cu_seqlens is None and position_ids is not None and past_key_values is None and attention_mask is None:
-            cu_seqlens = packed_boundaries(position_ids, batch, seq_len)
-        if cu_seqlens is not None and past_key_values is not None:
-            raise ValueError("packed sequences (cu_seq_lens_q) cannot be used with a cache: pass use_cache=False")
         if position_ids is None:
-            position_ids = torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + past_length
+            position_ids = torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + past_length  # type: ignore[assignment]
 
         masks, windowed = self._masks(
             inputs_embeds, attention_mask, position_ids, past_key_values, past_length, cu_seqlens is not None
@@ -213,17 +209,15 @@ class BasedModel(BasedPreTrainedModel):
         """A mask for each layer type, and whether sliding layers run our windowed op (which reads a padding mask)."""
         if isinstance(attention_mask, dict):  # `generate` with a static cache has built transformers' masks already
             return attention_mask, False
-        seq_len = inputs_embeds.shape[1]
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] != past_length + seq_len:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns but there are {past_length} tokens in the cache and"
-                f" {seq_len} new ones: it must cover all {past_length + seq_len}"
-            )
+        batch, seq_len, _ = inputs_embeds.shape
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, batch, past_length, seq_len, "linear_attention" in self.config.layer_types)
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         if padding is not None and not is_torchdynamo_compiling() and not padding.is_cuda and bool(padding.all()):
             padding = None
-        # a single new token is never padding
-        new_padding = None if padding is None or seq_len == 1 else padding[:, past_length:]
+        new_padding = None if padding is None else padding[:, past_length:]
+        if new_padding is not None and seq_len == 1 and single_tokens_are_real(new_padding):
+            new_padding = None  # the common case of decoding, for which the ops have a faster form
 
         window_layer = None
         if past_key_values is not None and any(past_key_values.is_sliding):
@@ -252,10 +246,12 @@ class BasedModel(BasedPreTrainedModel):
             sliding = None
         elif seq_len == 1 and isinstance(window_layer, RingSlidingWindowLayer):
             sliding = padding[:, window_layer.slot_positions(1, padding.device)]
+            if new_padding is not None:  # a token that is padding still sees itself: a row without any key would give NaN
+                sliding[:, past_length % window_layer.sliding_window] = 1
         else:
             kept = past_length and window_layer is not None and window_layer.get_mask_sizes(seq_len)[0]
             sliding = padding[:, -kept:] if kept else padding
-        return {"sliding_attention": sliding, "linear_attention": new_padding}, windowed
+        return {"sliding_attention": sliding, "linear_attention": new_padding}, windowed  # type: ignore[dict-item]
 
 
 class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
@@ -274,7 +270,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
 
     def __init__(self, config: BasedConfig):
         super().__init__(config)
@@ -294,7 +290,7 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """As [`BasedModel`], plus logits [batch, kept, vocab_size] and, with labels [batch, seq_len] (-100 is ignored), the loss.
 
@@ -374,7 +370,7 @@ class BasedForSequenceClassification(BasedPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """logits [batch, num_labels], read at the last token that is not padding (left or right padding alike).
 

@@ -101,8 +101,8 @@ def taylor_linear_attention_reference(
             )
             for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
         ]
-        y, state = torch.cat([p[0] for p in pieces], dim=1), torch.cat([p[1] for p in pieces], dim=0)
-        return (y, state) if output_final_state else y
+        y, final_state = torch.cat([p[0] for p in pieces], dim=1), torch.cat([p[1] for p in pieces], dim=0)
+        return (y, final_state) if output_final_state else y
 
     batch, seq_len, heads, d = q.shape
     compute_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32

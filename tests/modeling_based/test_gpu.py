@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from geobased import BasedCache, BasedConfig, BasedForCausalLM
-from geobased.modeling_based.convert_official_checkpoint import convert_official_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from geobased import BasedCache, BasedConfig, BasedForCausalLM
+from geobased.modeling_based.convert_official_checkpoint import convert_official_checkpoint
 
 pytestmark = pytest.mark.gpu
 TINY = Path(__file__).parents[1] / "fixtures" / "based" / "tiny_a"
