@@ -1,0 +1,109 @@
+"""What a training run leaves behind: the log, the loss curve and the final model, each written whole or not at all."""
+
+import copy
+import json
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on, and the device's name."""
+    import accelerate
+
+    from geobased import __version__
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "geobased": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+        "device": device,
+    }
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, default=str)
+            file.write("\n")
+        # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str = "float32") -> Path:
+    """Save model and tokenizer into a folder that appears only when complete; an older one is replaced.
+
+    Args:
+        dtype: "float32" or "bfloat16", of the stored weights; the model itself is left as it is.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = temporary.with_name(f"{temporary.name}.old")
+    try:
+        copy.deepcopy(model).to("cpu", DTYPES[dtype]).save_pretrained(temporary)  # type: ignore[arg-type]
+        tokenizer.save_pretrained(temporary)
+        # mkdtemp and safetensors leave what only its owner can read
+        temporary.chmod(0o755)
+        for path in temporary.iterdir():
+            path.chmod(0o644)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def plot_losses(history: list[dict[str, float]], path: str | Path) -> bool:
+    """Draw training and validation losses (nats per token) over steps; False, with a warning, without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        warnings.warn("no loss curve: matplotlib is not installed (pip install geobased[train])", stacklevel=2)
+        return False
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for entry in history:
+        for key, value in entry.items():
+            if key == "loss" or (key.startswith("eval_") and key.endswith("loss")):
+                curves.setdefault(key.removesuffix("_loss").removeprefix("eval_"), []).append((entry["step"], value))
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        label = "training" if name == "loss" else name.replace("_", " ")
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker="" if name == "loss" else ".")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if curves:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+__all__ = ["DTYPES", "plot_losses", "save_final", "versions", "write_json"]
