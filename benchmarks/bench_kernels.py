@@ -1,6 +1,6 @@
 """Times the kernels beside their peers on one GPU, after checking each result against float64.
 
-    python benchmarks/kernels.py [--output FOLDER] [--quick]
+    python benchmarks/bench_kernels.py [--output FOLDER] [--quick]
 
 Peers: the plain PyTorch twins, PyTorch's scaled_dot_product_attention (full causal attention, for scale), compiled
 flex_attention (the same window), and flash-linear-attention where it is installed.
