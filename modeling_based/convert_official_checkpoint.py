@@ -108,7 +108,7 @@ def _local_folder(source: str | Path) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"{source} is a file: give the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise ValueError(f"{source} is neither a folder nor a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
 

@@ -35,8 +35,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-With [geobased](https://pypi.org/project/geobased/) installed (`import geobased`) `trust_remote_code` is not needed and the model
-runs on Triton kernels on a GPU; without it, the plain PyTorch code in this folder runs.
+With geobased installed (`import geobased`) `trust_remote_code` is not needed and the model runs on Triton kernels on a GPU;
+without it, the plain PyTorch code in this folder runs.
 Data, training and intended use of the weights are not recorded here: add them before publishing.
 """
 
@@ -57,7 +57,7 @@ def export_model(model: str | Path | BasedForCausalLM, destination: str | Path, 
     destination = Path(destination)
     if destination.exists() and not overwrite:
         raise ValueError(f"{destination} exists already: choose another folder, or pass overwrite=True (--overwrite)")
-    tokenizer, card = None, None
+    tokenizer, card, pictures = None, None, []
     if isinstance(model, BasedForCausalLM):
         loaded = model
     else:
@@ -65,7 +65,9 @@ def export_model(model: str | Path | BasedForCausalLM, destination: str | Path, 
         loaded = _load(source)
         tokenizer = _tokenizer(source)
         card_file = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False)
-        card = Path(card_file).read_text(encoding="utf-8") if card_file else None
+        if card_file:
+            card = Path(card_file).read_text(encoding="utf-8")
+            pictures = [path for path in Path(card_file).parent.glob("*.png") if path.name in card]
     if card is None:
         card = _new_card(loaded, destination.name)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,8 @@ def export_model(model: str | Path | BasedForCausalLM, destination: str | Path, 
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         (written / "README.md").write_text(card, encoding="utf-8")
+        for picture in pictures:
+            shutil.copyfile(picture, written / picture.name)
         if destination.exists():
             shutil.rmtree(destination)
         written.rename(destination)

@@ -78,3 +78,11 @@ def test_memory_table_is_what_the_script_prints():
     shown = re.search(r"<!-- memory table -->\n(.*?)\n<!-- end of memory table -->", README, re.DOTALL).group(1)
     result = subprocess.run([sys.executable, ROOT / "scripts" / "memory_table.py"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == shown.strip()
+
+
+def test_performance_page_is_what_the_script_prints():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- tables -->\n(.*?)\n<!-- end of tables -->", page, re.DOTALL).group(1)
+    script = ROOT / "scripts" / "performance_tables.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == shown.strip()

@@ -247,8 +247,9 @@ def test_damaged_and_missing_files(copy, tmp_path):
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match="no config.json"):
         convert_official_checkpoint(copy, tmp_path / "out")
-    with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
-        convert_official_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+    for nowhere in (tmp_path / "nowhere", "./nowhere"):
+        with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
+            convert_official_checkpoint(nowhere, tmp_path / "out")
 
 
 def test_pickled_code_is_not_run(copy, tmp_path):

@@ -77,9 +77,13 @@ def test_save_pretrained_carries_code(tiny_model_dir, tmp_path, model_class):
     assert AutoConfig.from_pretrained(tmp_path).model_type == "based"
 
 
-def test_existing_card_is_kept(exported, tmp_path):
-    (exported / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
-    assert (export_model(exported, tmp_path / "again") / "README.md").read_text().endswith("mine\n")
+def test_existing_card_is_kept_with_its_pictures(exported, tmp_path):
+    (exported / "README.md").write_text("---\nlicense: mit\n---\n![loss](loss.png)\nmine\n")
+    (exported / "loss.png").write_bytes(b"png")
+    (exported / "other.png").write_bytes(b"png")
+    again = export_model(exported, tmp_path / "again")
+    assert (again / "README.md").read_text().endswith("mine\n")
+    assert (again / "loss.png").read_bytes() == b"png" and not (again / "other.png").exists()
 
 
 def test_bad_exports(exported, tmp_path):
