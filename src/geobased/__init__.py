@@ -1,12 +1,13 @@
 """BASED language models inside the Hugging Face ecosystem.
 
 Importing this package registers its models with transformers, so that `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
-`AutoModelForSequenceClassification` know them. Kernels, training, recall and the command line load on first use.
+`AutoModelForSequenceClassification` know them, and its pipelines. Training, recall and the command line load on first use.
 """
 
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from ._version import __version__
 from .modeling_based import (
@@ -18,6 +19,7 @@ from .modeling_based import (
     BasedPreTrainedModel,
 )
 from .modeling_based.official_format import explain_official_checkpoints
+from .pipelines import ContextQuestionAnsweringPipeline
 
 AutoConfig.register("based", BasedConfig, exist_ok=True)
 BasedConfig.register_for_auto_class()
@@ -30,6 +32,12 @@ for auto_class, model_class in (
     # saved models carry their code, so that they load without this package too
     model_class.register_for_auto_class(auto_class.__name__)
 explain_official_checkpoints()
+PIPELINE_REGISTRY.register_pipeline(
+    "context-question-answering",
+    pipeline_class=ContextQuestionAnsweringPipeline,
+    pt_model=AutoModelForCausalLM,
+    type="text",
+)
 
 
 def checkpoint_path(name: str = "based-mini") -> str:
@@ -55,6 +63,7 @@ __all__ = [
     "BasedForSequenceClassification",
     "BasedModel",
     "BasedPreTrainedModel",
+    "ContextQuestionAnsweringPipeline",
     "__version__",
     "checkpoint_path",
 ]
