@@ -238,8 +238,13 @@ to recall later in training than full attention did (`training_log.json`); longe
 AdamW, peak learning rate {arguments["learning_rate"]}, weight decay {arguments["weight_decay"]}, context {CONTEXT_LENGTH:,}
 tokens, seed {training["seed"]}. The shares of the sources below moved from {arguments["mixture_weights"]} to
 {arguments["final_mixture_weights"]}; answer tokens of the documents weighed {arguments["answer_weight"]:g} times as much in the
-loss. Commands: `benchmarks/train_based_mini.sh`, numbers: `benchmarks/evaluate_based_mini.py` (geobased
-{training["versions"]["geobased"]}, torch {training["versions"]["torch"]}, transformers {training["versions"]["transformers"]}).
+loss. All arguments are in `training_log.json`; the command, for all three models, which calls `geobased train lm`:
+
+```bash
+DATA=texts SEED={training["seed"]} STEPS={training["steps"]} benchmarks/train_based_mini.sh  # texts: see the script's head
+```
+
+The numbers are those of `benchmarks/evaluate_based_mini.py` (geobased {training["versions"]["geobased"]}, torch {training["versions"]["torch"]}, transformers {training["versions"]["transformers"]}).
 
 {sources}
 

@@ -28,7 +28,7 @@ COUNTERFACTUAL=${COUNTERFACTUAL:-0.9}
 WORKERS=${WORKERS:-$(nproc)}
 MODELS=${MODELS:-based sliding_window attention}
 PARALLEL=${PARALLEL:-1}
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python} # of the environment that also has the command geobased
 PRECISION=${PRECISION:---bf16}
 # more options for every run, e.g. EXTRA="--max_seconds 400 --torch_compile"
 EXTRA=${EXTRA:-}
@@ -65,7 +65,7 @@ declare -A configurations=(
 
 run() { # model, folder, more options
     # shellcheck disable=SC2086
-    "$PYTHON" -m geobased.training.language_modeling --config "${configurations[$1]}" --tokenizer "$tokenizer" \
+    geobased train lm --config "${configurations[$1]}" --tokenizer "$tokenizer" \
         --text "${text[@]}" --documents "$OUT/documents_short.jsonl" "$OUT/documents_long.jsonl" \
         --mixture_weights 0.1 0.6 0.3 --final_mixture_weights 0.12 0.1 0.78 --mixture_transition 0.4 \
         --answer_weight "$ANSWER_WEIGHT" --context_length 1024 --cache_dir "$OUT/tokens" --num_workers "$WORKERS" \

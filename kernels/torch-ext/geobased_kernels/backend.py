@@ -13,9 +13,12 @@ BACKENDS = ("auto", "triton", "torch")
 _default_backend = "auto"
 
 
-@functools.cache
+# looked up once, here: torch.compile cannot trace the search
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_IS_INSTALLED
 
 
 def triton_interpreter_is_on() -> bool:

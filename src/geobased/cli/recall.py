@@ -17,7 +17,7 @@ app = typer.Typer(callback=show_help, invoke_without_command=True, help="Measure
 EXAMPLES = (
     "geobased recall gazetteer",
     "geobased recall gazetteer --model ./my-model --num-documents 500 --json --plot recall.png",
-    "geobased recall gazetteer --write-documents train.jsonl --num-documents 50000 --seed 7",
+    "geobased recall gazetteer --write-documents train.jsonl --num-documents 50000 --seed 7 --counterfactual 0.9",
 )
 NUM_EVALUATED, NUM_WRITTEN = 200, 10_000
 
@@ -43,14 +43,18 @@ def gazetteer(
         typer.Option(help="Write documents for training to this JSON-lines file and evaluate nothing.", show_default=False),
     ] = None,
     split: Annotated[str, typer.Option(help="Places of written documents: train, held_out or all.")] = "train",
+    counterfactual: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of written documents whose places carry values of other places.")
+    ] = 0.0,
     debug: Debug = False,
 ) -> None:
     """Ask a model for facts about held-out places that stand in its context, or write such documents.
 
     Prints the share of answers that greedy decoding gets exactly right, with its 95 % interval.
     """
-    sizes = {"seed": seed, "max_words": max_words, "max_records": max_records}
+    sizes: dict[str, Any] = {"seed": seed, "max_words": max_words, "max_records": max_records}
     if write_documents is not None:
+        sizes["counterfactual"] = counterfactual
         report = _write_documents(write_documents, num_documents or NUM_WRITTEN, split, sizes)
         print(json.dumps(report) if json_output else f"{write_documents}: {report['bytes']:,} bytes")
         return
@@ -82,14 +86,14 @@ def gazetteer(
     print(json.dumps(_without_nan(report)) if json_output else _table(model, report["recall"]))
 
 
-def _write_documents(path: Path, num_documents: int, split: str, sizes: dict[str, int]) -> dict[str, Any]:
+def _write_documents(path: Path, num_documents: int, split: str, sizes: dict[str, Any]) -> dict[str, Any]:
     from geobased.recall.gazetteer_documents import WriteDocumentsArguments, write_documents
 
     if split not in ("train", "held_out", "all"):
         raise CommandError(f"--split {split!r} is not one of train, held_out, all")
     if split != "train":
         print("note: places that are held out must not be trained on", file=sys.stderr)
-    return write_documents(WriteDocumentsArguments(output=str(path), num_documents=num_documents, split=split, **sizes))  # type: ignore[arg-type]
+    return write_documents(WriteDocumentsArguments(output=str(path), num_documents=num_documents, split=split, **sizes))
 
 
 def _without_nan(item: Any) -> Any:
