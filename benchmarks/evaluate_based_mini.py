@@ -244,7 +244,8 @@ loss. All arguments are in `training_log.json`; the command, for all three model
 DATA=texts SEED={training["seed"]} STEPS={training["steps"]} benchmarks/train_based_mini.sh  # texts: see the script's head
 ```
 
-The numbers are those of `benchmarks/evaluate_based_mini.py` (geobased {training["versions"]["geobased"]}, torch {training["versions"]["torch"]}, transformers {training["versions"]["transformers"]}).
+The numbers are those of `benchmarks/evaluate_based_mini.py` (geobased
+{training["versions"]["geobased"]}, torch {training["versions"]["torch"]}, transformers {training["versions"]["transformers"]}).
 
 {sources}
 
