@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import conversion, doctor, generate, recall, train
+from . import conversion, demo, doctor, generate, recall, train
 from .errors import ClearErrorsGroup
 from .options import EXIT_CODES, epilog, show_help
 
@@ -24,6 +24,7 @@ app.command("push", epilog=epilog(*conversion.PUSH_EXAMPLES))(conversion.push)
 app.command("doctor", epilog=epilog(*doctor.EXAMPLES))(doctor.doctor)
 app.add_typer(train.app, name="train", epilog=EXIT_CODES)
 app.add_typer(recall.app, name="recall", epilog=EXIT_CODES)
+app.add_typer(demo.app, name="demo", epilog=EXIT_CODES)
 
 
 def _print_version(wanted: bool) -> None:
