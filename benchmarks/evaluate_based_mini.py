@@ -196,7 +196,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = geobased.checkpoint_path("based-mini")
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-prompt = {based["example"]["prompt"]!r}
+prompt = {json.dumps(based["example"]["prompt"], ensure_ascii=False)}
 inputs = tokenizer(prompt, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0]))
 ```
