@@ -1,5 +1,8 @@
 """Cache of BASED models: everything a sequence needs to go on, in a size that does not depend on its length."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer, LinearAttentionLayer
 
@@ -214,10 +217,10 @@ class BasedCache(DynamicCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
-                batch = next((t.shape[0] for t in _states(layer)), 0)
-                if batch:
-                    device = next(_states(layer)).device
-                    layer.reorder_cache(torch.arange(batch, device=device).repeat_interleave(repeats))  # type: ignore[arg-type]
+                state = next(stored_tensors(layer), None)
+                if state is not None:
+                    rows = torch.arange(state.shape[0], device=state.device).repeat_interleave(repeats)
+                    layer.reorder_cache(rows)  # type: ignore[arg-type]
             else:
                 layer.batch_repeat_interleave(repeats)
 
@@ -225,14 +228,19 @@ class BasedCache(DynamicCache):
         """Bytes that the cache holds now (0 before the first forward)."""
         total = 0
         for layer in self.layers:
-            tensors = _states(layer) if isinstance(layer, LinearAttentionLayer) else (layer._ring_keys, layer._ring_values)
-            total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(layer))
         return total
 
 
-def _states(layer: LinearAttentionLayer):
-    for states in (layer.conv_states, layer.recurrent_states):
-        yield from (state for state in states.values() if state is not None)
+def stored_tensors(layer: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a layer of any cache holds now, the batch on their first axis; none before its first use."""
+    if isinstance(layer, LinearAttentionLayer):
+        tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    elif isinstance(layer, RingSlidingWindowLayer):
+        tensors = [layer._ring_keys, layer._ring_values]  # whole, and without putting them in order as `keys` does
+    else:
+        tensors = [layer.keys, layer.values]
+    yield from (tensor for tensor in tensors if tensor is not None)
 
 
 __all__ = ["BasedCache"]

@@ -7,7 +7,6 @@ repositories are understood; variants that compute something else are refused ra
 import math
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from .configuration_based import BasedConfig
 from .modeling_based import BasedForCausalLM
 from .official_format import read_official_config
+from .whole_folder import refuse_existing, whole_folder
 
 # last component of a hydra `_target_` -> what the layer computes
 MIXER_TARGETS = {
@@ -62,8 +62,7 @@ def convert_official_checkpoint(
     ```
     """
     destination = Path(destination)
-    if destination.exists() and not overwrite:
-        raise ValueError(f"{destination} exists already: choose another folder, or pass overwrite=True (--overwrite)")
+    refuse_existing(destination, overwrite)
     folder = _local_folder(source)
     official = read_official_config(folder / "config.json")
     state_dict = _official_weights(folder)
@@ -82,16 +81,11 @@ def convert_official_checkpoint(
     model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True, strict=False)
     model.tie_weights()
     model.config.dtype = dtype
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as staging:
-        written = Path(staging) / "model"
+    with whole_folder(destination) as written:
         model.save_pretrained(written)
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, written / name)
-        if destination.exists():
-            shutil.rmtree(destination)
-        written.rename(destination)
     return destination
 
 

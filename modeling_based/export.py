@@ -1,13 +1,13 @@
 """Writes a BASED model as a folder that loads where only torch and transformers are installed."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .modeling_based import BasedForCausalLM
+from .whole_folder import refuse_existing, whole_folder
 
 CARD = """\
 ---
@@ -55,8 +55,7 @@ def export_model(model: str | Path | BasedForCausalLM, destination: str | Path, 
     Raises `ValueError` if the destination exists or the model is not a BASED model.
     """
     destination = Path(destination)
-    if destination.exists() and not overwrite:
-        raise ValueError(f"{destination} exists already: choose another folder, or pass overwrite=True (--overwrite)")
+    refuse_existing(destination, overwrite)
     tokenizer, card, pictures = None, None, []
     if isinstance(model, BasedForCausalLM):
         loaded = model
@@ -70,18 +69,13 @@ def export_model(model: str | Path | BasedForCausalLM, destination: str | Path, 
             pictures = [path for path in Path(card_file).parent.glob("*.png") if path.name in card]
     if card is None:
         card = _new_card(loaded, destination.name)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as staging:
-        written = Path(staging) / "model"
+    with whole_folder(destination) as written:
         loaded.save_pretrained(written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         (written / "README.md").write_text(card, encoding="utf-8")
         for picture in pictures:
             shutil.copyfile(picture, written / picture.name)
-        if destination.exists():
-            shutil.rmtree(destination)
-        written.rename(destination)
     return destination
 
 

@@ -1,10 +1,10 @@
 """Checks of what a BASED model is called with: clear errors where tensors would fail obscurely, or not at all."""
 
 import torch
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache
 from transformers.utils import is_torchdynamo_compiling
 
-from .cache_based import RingSlidingWindowLayer
+from .cache_based import stored_tensors
 
 
 def check_input_ids(input_ids: torch.Tensor, vocab_size: int, *, on_any_device: bool = False) -> None:
@@ -52,14 +52,8 @@ def check_cache(past_key_values: Cache, batch_size: int, num_layers: int) -> Non
             " make it with BasedCache(model.config)"
         )
     for layer in past_key_values.layers:
-        if isinstance(layer, RingSlidingWindowLayer):
-            tensors = [layer._ring_keys]
-        elif isinstance(layer, LinearAttentionLayer):
-            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-        else:
-            tensors = [layer.keys]
-        for tensor in tensors:
-            if tensor is not None and tensor.numel() and tensor.shape[0] != batch_size:
+        for tensor in stored_tensors(layer):
+            if tensor.numel() and tensor.shape[0] != batch_size:
                 raise ValueError(
                     f"the cache holds a batch of {tensor.shape[0]} sequences but the input has {batch_size}:"
                     " pass a cache made for this batch, or none"

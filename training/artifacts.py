@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import platform
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from geobased.modeling_based.whole_folder import whole_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -58,22 +59,12 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         dtype: "float32" or "bfloat16", of the stored weights; the model itself is left as it is.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    old = temporary.with_name(f"{temporary.name}.old")
-    try:
+    with whole_folder(folder) as temporary:
         copy.deepcopy(model).to("cpu", DTYPES[dtype]).save_pretrained(temporary)  # type: ignore[arg-type]
         tokenizer.save_pretrained(temporary)
-        # mkdtemp and safetensors leave what only its owner can read
-        temporary.chmod(0o755)
+        # safetensors leaves what only its owner can read
         for path in temporary.iterdir():
             path.chmod(0o644)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from . import checkpoints
 from ._version import __version__
 from .modeling_based import (
     BasedCache,
@@ -20,6 +21,8 @@ from .modeling_based import (
 )
 from .modeling_based.official_format import explain_official_checkpoints
 from .pipelines import ContextQuestionAnsweringPipeline
+
+_CHECKPOINTS = Path(checkpoints.__file__).parent
 
 AutoConfig.register("based", BasedConfig, exist_ok=True)
 BasedConfig.register_for_auto_class()
@@ -40,20 +43,20 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 
+def shipped_checkpoints() -> list[str]:
+    """Names of the trained models that ship with this package."""
+    return sorted(path.parent.name for path in _CHECKPOINTS.glob("*/config.json"))
+
+
 def checkpoint_path(name: str = "based-mini") -> str:
     """Folder of a trained model that ships with this package; `from_pretrained` loads it without a network.
 
     Raises `ValueError` if there is no such model; the message lists those there are.
     """
-    folder = Path(__file__).parent / "checkpoints"
-    if not folder.is_dir():  # an editable install maps the folder instead of copying it
-        from . import checkpoints
-
-        folder = Path(checkpoints.__file__).parent
-    names = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    names = shipped_checkpoints()
     if name not in names:
         raise ValueError(f"no checkpoint named {name!r} ships with geobased; there are: {', '.join(names) or 'none'}")
-    return str(folder / name)
+    return str(_CHECKPOINTS / name)
 
 
 __all__ = [
@@ -66,4 +69,5 @@ __all__ = [
     "ContextQuestionAnsweringPipeline",
     "__version__",
     "checkpoint_path",
+    "shipped_checkpoints",
 ]

@@ -139,7 +139,6 @@ def test_shipped_checkpoint_by_name(geobased, tiny_model_dir, monkeypatch):
     assert report["model"] == "tiny"
 
 
-@pytest.mark.skipif("based-mini" not in sources.shipped_checkpoints(), reason="based-mini is not in this checkout")
 def test_default_model(geobased, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = json.loads(geobased("generate", "The weather", "-n", 20, "--json").stdout)

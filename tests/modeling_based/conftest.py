@@ -1,14 +1,30 @@
 """Small random BASED models. Their weights are large, so that every layer shows in the output."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from geobased import BasedConfig, BasedForCausalLM
+from geobased.modeling_based.convert_official_checkpoint import convert_official_checkpoint
 
+TINY = Path(__file__).parents[1] / "fixtures" / "based" / "tiny_a"
 ALL_MIXERS = ("conv", "linear_attention", "sliding_attention")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    """Reference values of tiny_a, a small checkpoint in the official format."""
+    return load_file(TINY / "golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    """tiny_a in transformers' format."""
+    return convert_official_checkpoint(TINY, tmp_path_factory.mktemp("converted") / "tiny")
 
 
 @pytest.fixture

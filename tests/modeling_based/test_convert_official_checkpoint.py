@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from geobased import BasedCache, BasedConfig, BasedForCausalLM
@@ -15,16 +15,6 @@ from geobased.modeling_based.taylor_linear_attention_reference import unpack_sta
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "based"
 TINY = FIXTURES / "tiny_a"
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
-    return load_file(TINY / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Path:
-    return convert_official_checkpoint(TINY, tmp_path_factory.mktemp("converted") / "tiny")
 
 
 @pytest.fixture

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from geobased import BasedCache, BasedConfig, BasedForCausalLM
-from geobased.modeling_based.convert_official_checkpoint import convert_official_checkpoint
 
 pytestmark = pytest.mark.gpu
 TINY = Path(__file__).parents[1] / "fixtures" / "based" / "tiny_a"
@@ -18,16 +16,6 @@ TINY = Path(__file__).parents[1] / "fixtures" / "based" / "tiny_a"
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     truth = truth.double().cpu()
     return ((value.double().cpu() - truth).norm() / truth.norm()).item()
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
-    return load_file(TINY / "golden.safetensors")
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Path:
-    return convert_official_checkpoint(TINY, tmp_path_factory.mktemp("converted") / "tiny")
 
 
 @pytest.fixture(scope="module")

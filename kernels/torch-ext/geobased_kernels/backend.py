@@ -75,3 +75,14 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
         _warn_once('Triton is not installed: geobased uses its slower plain PyTorch kernels. pip install "geobased[triton]"')
         return "torch"
     return "triton"
+
+
+def without_triton(op: str, backend: str, limit: str) -> str:
+    """ "torch", with one warning, where the Triton form of `op` does not take the shapes; `limit` says which it takes.
+
+    Raises ValueError if the caller asked for `backend="triton"`.
+    """
+    if backend == "triton":
+        raise ValueError(f'{limit}; use backend="torch"')
+    _warn_once(f"{op}: {limit}; using the slower plain PyTorch form")
+    return "torch"

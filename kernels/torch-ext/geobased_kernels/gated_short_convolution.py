@@ -7,7 +7,7 @@ The mixer of BASED's short-range layers, between its two projections.
 
 import torch
 
-from .backend import _warn_once, resolve_backend
+from .backend import resolve_backend, without_triton
 from .gated_short_convolution_reference import gated_short_convolution_reference
 from .packed_sequences import check_cu_seqlens, sequence_bounds
 
@@ -57,11 +57,8 @@ def _resolve_backend(backend: str, x: torch.Tensor, weight: torch.Tensor) -> str
     kernel = weight.shape[1]
     if resolved == "torch" or 2 <= kernel <= MAX_TRITON_KERNEL:
         return resolved
-    message = f"the Triton form takes kernels of 2 to {MAX_TRITON_KERNEL} taps, not {kernel}"
-    if backend == "triton":
-        raise ValueError(f'{message}; use backend="torch"')
-    _warn_once(f"gated_short_convolution: {message}; using the slower plain PyTorch form")
-    return "torch"
+    limit = f"the Triton form takes kernels of 2 to {MAX_TRITON_KERNEL} taps, not {kernel}"
+    return without_triton("gated_short_convolution", backend, limit)
 
 
 def _check_inputs(

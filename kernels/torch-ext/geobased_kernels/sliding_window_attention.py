@@ -8,7 +8,7 @@ applied before, to q and k.
 
 import torch
 
-from .backend import _warn_once, resolve_backend
+from .backend import resolve_backend, without_triton
 from .packed_sequences import check_cu_seqlens, sequence_bounds
 from .sliding_window_attention_reference import sliding_window_attention_reference
 
@@ -66,11 +66,8 @@ def _resolve_backend(backend: str, q: torch.Tensor) -> str:
     head_dim = q.shape[-1]
     if resolved == "torch" or head_dim <= MAX_TRITON_HEAD_DIM:
         return resolved
-    message = f"the Triton form takes head_dim up to {MAX_TRITON_HEAD_DIM}, not {head_dim}"
-    if backend == "triton":
-        raise ValueError(f'{message}; use backend="torch"')
-    _warn_once(f"sliding_window_attention: {message}; using the slower plain PyTorch form")
-    return "torch"
+    limit = f"the Triton form takes head_dim up to {MAX_TRITON_HEAD_DIM}, not {head_dim}"
+    return without_triton("sliding_window_attention", backend, limit)
 
 
 def _check_inputs(

@@ -8,7 +8,7 @@ P = (d + 1)(d + 2)/2 packed features (see packed_feature_table), the last column
 
 import torch
 
-from .backend import _warn_once, resolve_backend
+from .backend import resolve_backend, without_triton
 from .packed_sequences import check_cu_seqlens
 from .taylor_linear_attention_reference import (
     packed_feature_count,
@@ -150,15 +150,12 @@ def _resolve_backend(backend: str, q: torch.Tensor, v: torch.Tensor) -> str:
     if resolved == "torch":
         return resolved
     if not MIN_TRITON_FEATURE_DIM <= feature_dim <= MAX_TRITON_FEATURE_DIM:
-        message = f"the Triton form takes feature_dim {MIN_TRITON_FEATURE_DIM} to {MAX_TRITON_FEATURE_DIM}, not {feature_dim}"
+        limit = f"the Triton form takes feature_dim {MIN_TRITON_FEATURE_DIM} to {MAX_TRITON_FEATURE_DIM}, not {feature_dim}"
     elif head_dim > MAX_TRITON_HEAD_DIM:
-        message = f"the Triton form takes head_dim up to {MAX_TRITON_HEAD_DIM}, not {head_dim}"
+        limit = f"the Triton form takes head_dim up to {MAX_TRITON_HEAD_DIM}, not {head_dim}"
     else:
         return resolved
-    if backend == "triton":
-        raise ValueError(f'{message}; use backend="torch"')
-    _warn_once(f"taylor_linear_attention: {message}; using the slower plain PyTorch form")
-    return "torch"
+    return without_triton("taylor_linear_attention", backend, limit)
 
 
 @torch.library.custom_op("geobased::taylor_linear_attention", mutates_args=())

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from geobased import shipped_checkpoints
+
 from .errors import BAD_INPUT, FAILURE, CommandError, one_line
 
 if TYPE_CHECKING:
@@ -21,13 +23,6 @@ DEFAULT_MODEL = "based-mini"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model", "sentencepiece*")
 HUB_TIMEOUT_SECONDS = 3.0
-
-
-def shipped_checkpoints() -> list[str]:
-    """Names of the trained models that come with this package."""
-    from geobased import checkpoints
-
-    return sorted(path.parent.name for path in Path(checkpoints.__file__).parent.glob("*/config.json"))
 
 
 def resolve_model(model: str) -> str:
