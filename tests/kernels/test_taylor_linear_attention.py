@@ -25,7 +25,7 @@ from geobased.kernels.taylor_linear_attention_reference import (
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 9e-3}
 FIXTURE_CASES = ("B1H1T1d16dv64", "B2H3T7d16dv16", "B2H2T65d16dv64")
 
 

@@ -1,81 +1,144 @@
 """Triton kernels of Taylor linear attention, backward: gradients of q, of k and v, and of the initial state.
 
-With delta_t = -dy_t.y_t the value and normaliser columns are one matrix: [v_j | 1] meets [dy_t | delta_t] / den_t, so
+With u_t = dy_t / den_t and delta_t = -u_t.y_t the value and normaliser columns are one matrix, [v_j | 1] meets [u_t | delta_t]:
 
-    dA_tj = (dy_t.v_j + delta_t) / den_t            ds_tj = dA_tj (1 + s_tj)
-    dq_t = scale sum_j ds_tj k_j                    dk_j = scale sum_t ds_tj q_t          dv_j = sum_t A_tj dy_t / den_t
+    dA_tj = u_t.v_j + delta_t              ds_tj = dA_tj (1 + s_tj)
+    dq_t = scale sum_j ds_tj k_j           dk_j = scale sum_t ds_tj q_t          dv_j = sum_t A_tj u_t
 
-within a chunk. Across chunks dphi(q_t) = (S dy_t + z delta_t) / den_t and dphi(k_j) = R v_j + r, dv_j += R^T phi(k_j), where
-S, z are the forward states, recomputed, and R, r = sum phi(q_t) [dy_t | delta_t] / den_t runs from the end, seeded with the
-gradient of the final state; its total is the gradient of the initial state.
+within a chunk. Across chunks dphi(q_t) = S u_t + z delta_t and dphi(k_j) = R v_j + r, dv_j += R^T phi(k_j), where S, z are the
+forward states, recomputed, and R, r = sum phi(q_t) [u_t | delta_t] runs from the end, seeded with the gradient of the final
+state; its total is the gradient of the initial state.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .taylor_linear_attention_forward_triton import (
-    CHUNK,
+from .taylor_linear_attention_forward_triton import load_factors, load_state
+from .taylor_linear_attention_launch import CHUNK, launch_options
+from .taylor_linear_attention_states_triton import (
     block_options,
     feature_tables,
     flatten_mask,
     flatten_tokens,
-    load_columns,
-    load_features,
-    load_keep,
+    load_kept_rows,
     load_rows,
     make_chunks,
-    scanned_states,
-    store_columns,
+    running_states,
+    store_rows,
 )
-
-LAUNCH = {
-    ("delta", torch.bfloat16): {"num_warps": 4},
-    ("delta", torch.float16): {"num_warps": 4},
-    ("delta", torch.float32): {"num_warps": 4},
-    ("dq", torch.bfloat16): {"num_warps": 8, "num_stages": 2},
-    ("dq", torch.float16): {"num_warps": 8, "num_stages": 1},
-    ("dq", torch.float32): {"num_warps": 8, "num_stages": 1},
-    ("dkv", torch.bfloat16): {"num_warps": 8, "num_stages": 1},
-    ("dkv", torch.float16): {"num_warps": 8, "num_stages": 1},
-    ("dkv", torch.float32): {"num_warps": 8, "num_stages": 1},
-}
 
 
 @triton.jit
 def delta_kernel(
     y_ptr,
     dy_ptr,
-    delta_ptr,
-    n_tokens,
+    den_ptr,
+    u_ptr,  # out [tokens, heads, DV]: dy / den
+    delta_ptr,  # out [tokens, heads]: -u.y
+    n_rows,
+    heads,
     dy_stride,
     dy_head_stride,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    heads = tl.num_programs(1)
-    tokens = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head) pairs
     columns = tl.arange(0, DV_PAD)
-    exists = tokens < n_tokens
-    y = load_rows(y_ptr, tokens * heads + head, DV, exists, columns, DV)
-    dy = load_rows(dy_ptr + head.to(tl.int64) * dy_head_stride, tokens, dy_stride, exists, columns, DV)
-    delta = -tl.sum(y.to(tl.float32) * dy.to(tl.float32), axis=1)
-    tl.store(delta_ptr + tokens * heads + head, delta, mask=exists)
+    exists = rows < n_rows
+    y = load_rows(y_ptr, rows, DV, n_rows, columns, DV, DV_PAD, True).to(tl.float32)
+    offsets = rows // heads * dy_stride + rows % heads * dy_head_stride
+    mask = exists[:, None] & (columns[None, :] < DV)
+    dy = tl.load(dy_ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    u = (dy / tl.load(den_ptr + rows, mask=exists, other=1.0)[:, None]).to(u_ptr.dtype.element_ty)
+    store_rows(u_ptr, rows, DV, n_rows, columns, u, DV, DV_PAD)
+    u = u.to(tl.float32)  # rounded: u.v_j + delta cancels, and its two terms must hold the same u
+    tl.store(delta_ptr + rows, -tl.sum(u * y, axis=1), mask=exists)
 
 
 @triton.jit
-def add_feature_gradient(
-    dx, dphi, x_i, x_j, rows, first_ptr, second_ptr, D_PAD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+def add_feature_gradient(dx, dphi, x_i, x_j, select_i, select_j, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """dx [tokens, D_PAD] += the chain rule through phi_p = x_i x_j; dphi [tokens, BLOCK_P] carries the weight."""
+    # the scatter is a product with the one-hot rows; the constant 1 has an empty row
+    dx = tl.dot((dphi * x_j).to(DOT), select_i, dx, input_precision=PRECISION)
+    return tl.dot((dphi * x_i).to(DOT), select_j, dx, input_precision=PRECISION)
+
+
+@triton.jit
+def add_keys_to_dq(
+    dq,
+    q,
+    u,
+    delta,
+    k_ptr,
+    v_ptr,
+    keep_ptr,
+    tokens,
+    keys,
+    length,
+    k_stride,
+    v_stride,
+    scale,
+    DIAGONAL: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """dx [D_PAD, tokens] += the chain rule through phi_p = weight_p x_i x_j; dphi [rows, tokens] carries the weight."""
-    features = tl.arange(0, D_PAD)
-    # the scatter is a product with one-hot rows; index D, the constant 1, falls on a feature that is never stored
-    is_first = (tl.load(first_ptr + rows)[None, :] == features[:, None]).to(DOT)
-    is_second = (tl.load(second_ptr + rows)[None, :] == features[:, None]).to(DOT)
-    dx = tl.dot(is_first, (dphi * x_j).to(DOT), dx, input_precision=PRECISION)
-    return tl.dot(is_second, (dphi * x_i).to(DOT), dx, input_precision=PRECISION)
+    """dq / scale plus what a tile of keys adds; DIAGONAL as in the forward pass."""
+    if keep_ptr is not None:
+        keep = tl.load(keep_ptr + keys, mask=keys < length, other=0) != 0
+        k = load_kept_rows(k_ptr, keys, k_stride, keep, tl.arange(0, D_PAD), D, D_PAD).to(DOT)
+    else:
+        k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, DIAGONAL).to(DOT)
+    v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, DIAGONAL).to(DOT)
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    da = tl.dot(u, tl.trans(v), input_precision=PRECISION) + delta[:, None]
+    ds = da * (1.0 + scale * x)
+    if DIAGONAL:
+        ds = tl.where(keys[None, :] <= tokens[:, None], ds, 0.0)
+    if keep_ptr is not None:
+        ds = tl.where(keep[None, :], ds, 0.0)
+    return tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def add_state_to_dq(
+    dq,
+    q_ptr,
+    q,
+    u,
+    delta,
+    offsets,
+    states_ptr,
+    norms_ptr,
+    state_base,
+    rows,
+    first_ptr,
+    second_ptr,
+    select_ptr,
+    CONSTANTS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    P_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    state = load_state(states_ptr, state_base, rows, tl.arange(0, DV_PAD), DV, DV_PAD, P_PAD, BLOCK_P).to(DOT)
+    norm = tl.load(norms_ptr + state_base + rows, mask=rows < P_PAD, other=0.0)
+    x_i, x_j, select_i, select_j = load_factors(
+        q_ptr, q, offsets, rows, first_ptr, second_ptr, select_ptr,
+        CONSTANTS, D, D_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
+    )  # fmt: skip
+    dphi = tl.dot(u, tl.trans(state), input_precision=PRECISION) + delta[:, None] * norm[None, :]
+    return add_feature_gradient(dq, dphi, x_i, x_j, select_i, select_j, DOT, PRECISION)
 
 
 @triton.jit
@@ -84,8 +147,7 @@ def dq_kernel(
     k_ptr,
     v_ptr,
     keep_ptr,
-    dy_ptr,
-    den_ptr,
+    u_ptr,
     delta_ptr,
     states_ptr,  # [chunks, heads, P_PAD, DV]: the state before each chunk, or None
     norms_ptr,
@@ -93,71 +155,161 @@ def dq_kernel(
     chunks_ptr,
     first_ptr,
     second_ptr,
-    weight_ptr,
+    select_ptr,
     q_stride,
     q_head_stride,
     k_stride,
     k_head_stride,
     v_stride,
     v_head_stride,
-    dy_stride,
-    dy_head_stride,
     scale,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     P_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
     SEEDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    chunk = tl.program_id(0) // TILES
+    chunk = tl.program_id(0) // (CHUNK // BLOCK_M)
     start = tl.load(chunks_ptr + chunk * 4)
-    end = tl.load(chunks_ptr + chunk * 4 + 1)
-    tile = start + tl.program_id(0) % TILES * TILE
-    if tile >= end:
+    length = tl.load(chunks_ptr + chunk * 4 + 1) - start
+    tile = tl.program_id(0) % (CHUNK // BLOCK_M) * BLOCK_M
+    if tile >= length:
         return
-    tokens = (tile + tl.arange(0, TILE)).to(tl.int64)
-    exists = tokens < end
-    columns = tl.arange(0, DV_PAD)
-    features = tl.arange(0, D_PAD)
-    q_ptr += head.to(tl.int64) * q_head_stride
-    k_ptr += head.to(tl.int64) * k_head_stride
-    v_ptr += head.to(tl.int64) * v_head_stride
-    dy_ptr += head.to(tl.int64) * dy_head_stride
-    delta = tl.load(delta_ptr + tokens * heads + head, mask=exists, other=0.0)
-    dy = load_columns(dy_ptr, tokens, dy_stride, exists, columns, DV).to(DOT)
-    dq = tl.zeros([D_PAD, TILE], dtype=tl.float32)
+    base = start.to(tl.int64)
+    q_ptr += base * q_stride + head.to(tl.int64) * q_head_stride
+    k_ptr += base * k_stride + head.to(tl.int64) * k_head_stride
+    v_ptr += base * v_stride + head.to(tl.int64) * v_head_stride
+    u_ptr += (base * heads + head) * DV
+    delta_ptr += base * heads + head
+    dq_ptr += (base * heads + head) * D
+    if keep_ptr is not None:
+        keep_ptr += base
+    tokens = tile + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, tokens, q_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
+    u = load_rows(u_ptr, tokens, heads * DV, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
+    delta = tl.load(delta_ptr + tokens * heads, mask=tokens < length, other=0.0)
+    dq = tl.zeros([BLOCK_M, D_PAD], dtype=tl.float32)
+    for key_tile in tl.range(0, tile, BLOCK_N, num_stages=NUM_STAGES):
+        dq = add_keys_to_dq(
+            dq, q, u, delta, k_ptr, v_ptr, keep_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+            k_stride, v_stride, scale, False, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+        )  # fmt: skip
+    for key_tile in tl.range(tile, tile + BLOCK_M, BLOCK_N, num_stages=NUM_STAGES):
+        dq = add_keys_to_dq(
+            dq, q, u, delta, k_ptr, v_ptr, keep_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+            k_stride, v_stride, scale, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+        )  # fmt: skip
+    dq *= scale
     if states_ptr is not None:
-        n_rows = P_PAD
-        if not SEEDED:
-            n_rows = tl.where(tl.load(chunks_ptr + chunk * 4 + 2) > 0, P_PAD, 0)
-        base = (chunk.to(tl.int64) * heads + head) * P_PAD
-        for row in range(0, n_rows, BLOCK_P):
-            rows = row + tl.arange(0, BLOCK_P)
-            x_i, x_j, weight = load_features(q_ptr, tokens * q_stride, exists, rows, first_ptr, second_ptr, weight_ptr, D)
-            state = load_rows(states_ptr, base + rows, DV, rows >= 0, columns, DV).to(DOT)
-            dphi = tl.dot(state, dy, input_precision=PRECISION)
-            dphi += tl.load(norms_ptr + base + rows)[:, None] * delta[None, :]
-            dq = add_feature_gradient(dq, dphi * weight[:, None], x_i, x_j, rows, first_ptr, second_ptr, D_PAD, DOT, PRECISION)
-    q = load_columns(q_ptr, tokens, q_stride, exists, features, D).to(DOT)
-    for key_tile in range(start, tile + TILE, TILE):
-        keys = (key_tile + tl.arange(0, TILE)).to(tl.int64)
-        keep = load_keep(keep_ptr, keys, end)
-        k = load_rows(k_ptr, keys, k_stride, keep, features, D).to(DOT)
-        v = load_rows(v_ptr, keys, v_stride, keep, columns, DV).to(DOT)
-        s = tl.dot(k, q, input_precision=PRECISION) * scale  # [keys, tokens]
-        da = tl.dot(v, dy, input_precision=PRECISION) + delta[None, :]
-        ds = tl.where((keys[:, None] <= tokens[None, :]) & keep[:, None], da * (1.0 + s) * scale, 0.0)
-        dq = tl.dot(tl.trans(k), ds.to(DOT), dq, input_precision=PRECISION)
-    dq = dq / tl.load(den_ptr + tokens * heads + head, mask=exists, other=1.0)[None, :]
-    store_columns(dq_ptr, tokens * heads + head, D, exists, features, dq, D)
+        if SEEDED:
+            has_state = True
+        else:
+            has_state = tl.load(chunks_ptr + chunk * 4 + 2) > 0
+        if has_state:
+            state_base = (chunk.to(tl.int64) * heads + head) * P_PAD
+            offsets = tl.minimum(tokens, length - 1) * q_stride
+            WITH_CONSTANTS: tl.constexpr = (D + BLOCK_P) // BLOCK_P * BLOCK_P
+            for row in tl.static_range(0, WITH_CONSTANTS, BLOCK_P):
+                dq = add_state_to_dq(
+                    dq, q_ptr, q, u, delta, offsets, states_ptr, norms_ptr, state_base, row + tl.arange(0, BLOCK_P),
+                    first_ptr, second_ptr, select_ptr,
+                    True, D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
+                )  # fmt: skip
+            for row in tl.range(WITH_CONSTANTS, P_PAD, BLOCK_P, num_stages=NUM_STAGES):
+                dq = add_state_to_dq(
+                    dq, q_ptr, q, u, delta, offsets, states_ptr, norms_ptr, state_base, row + tl.arange(0, BLOCK_P),
+                    first_ptr, second_ptr, select_ptr,
+                    False, D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
+                )  # fmt: skip
+    store_rows(dq_ptr, tokens, heads * D, length, tl.arange(0, D_PAD), dq, D, D_PAD)
+
+
+@triton.jit
+def add_queries_to_dkv(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    u_ptr,
+    delta_ptr,
+    keys,
+    tokens,
+    length,
+    heads,
+    q_stride,
+    scale,
+    DIAGONAL: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk / scale and dv plus what a tile of queries adds; a query that does not exist has u = delta = 0."""
+    q = load_rows(q_ptr, tokens, q_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
+    u = load_rows(u_ptr, tokens, heads * DV, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
+    delta = tl.load(delta_ptr + tokens * heads, mask=tokens < length, other=0.0)
+    x = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, tokens]
+    a = 1.0 + x * (scale + 0.5 * scale * scale * x)
+    if DIAGONAL:
+        a = tl.where(keys[:, None] <= tokens[None, :], a, 0.0)
+    dv = tl.dot(a.to(DOT), u, dv, input_precision=PRECISION)
+    da = tl.dot(v, tl.trans(u), input_precision=PRECISION) + delta[None, :]
+    ds = da * (1.0 + scale * x)
+    if DIAGONAL:
+        ds = tl.where(keys[:, None] <= tokens[None, :], ds, 0.0)
+    dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def add_state_to_dkv(
+    dk,
+    dv,
+    k_ptr,
+    k,
+    v,
+    offsets,
+    states_ptr,
+    norms_ptr,
+    state_base,
+    rows,
+    first_ptr,
+    second_ptr,
+    select_ptr,
+    CONSTANTS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    P_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    state = load_state(states_ptr, state_base, rows, tl.arange(0, DV_PAD), DV, DV_PAD, P_PAD, BLOCK_P).to(DOT)
+    norm = tl.load(norms_ptr + state_base + rows, mask=rows < P_PAD, other=0.0)
+    x_i, x_j, select_i, select_j = load_factors(
+        k_ptr, k, offsets, rows, first_ptr, second_ptr, select_ptr,
+        CONSTANTS, D, D_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
+    )  # fmt: skip
+    dv = tl.dot((x_i * x_j).to(DOT), state, dv, input_precision=PRECISION)
+    dphi = tl.dot(v, tl.trans(state), input_precision=PRECISION) + norm[None, :]
+    return add_feature_gradient(dk, dphi, x_i, x_j, select_i, select_j, DOT, PRECISION), dv
 
 
 @triton.jit
@@ -166,8 +318,7 @@ def dkv_kernel(
     k_ptr,
     v_ptr,
     keep_ptr,
-    dy_ptr,
-    den_ptr,
+    u_ptr,
     delta_ptr,
     states_ptr,  # [chunks, heads, P_PAD, DV]: R after each chunk, or None
     norms_ptr,
@@ -176,79 +327,90 @@ def dkv_kernel(
     chunks_ptr,
     first_ptr,
     second_ptr,
-    weight_ptr,
+    select_ptr,
     q_stride,
     q_head_stride,
     k_stride,
     k_head_stride,
     v_stride,
     v_head_stride,
-    dy_stride,
-    dy_head_stride,
     scale,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     P_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
     SEEDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    chunk = tl.program_id(0) // TILES
+    chunk = tl.program_id(0) // (CHUNK // BLOCK_M)
     start = tl.load(chunks_ptr + chunk * 4)
-    end = tl.load(chunks_ptr + chunk * 4 + 1)
-    tile = start + tl.program_id(0) % TILES * TILE
-    if tile >= end:
+    length = tl.load(chunks_ptr + chunk * 4 + 1) - start
+    tile = tl.program_id(0) % (CHUNK // BLOCK_M) * BLOCK_M
+    if tile >= length:
         return
-    keys = (tile + tl.arange(0, TILE)).to(tl.int64)
-    exists = keys < end
-    keep = load_keep(keep_ptr, keys, end)
-    columns = tl.arange(0, DV_PAD)
-    features = tl.arange(0, D_PAD)
-    q_ptr += head.to(tl.int64) * q_head_stride
-    k_ptr += head.to(tl.int64) * k_head_stride
-    v_ptr += head.to(tl.int64) * v_head_stride
-    dy_ptr += head.to(tl.int64) * dy_head_stride
-    v = load_columns(v_ptr, keys, v_stride, keep, columns, DV).to(DOT)
-    dk = tl.zeros([D_PAD, TILE], dtype=tl.float32)
-    dv = tl.zeros([DV_PAD, TILE], dtype=tl.float32)
+    base = start.to(tl.int64)
+    q_ptr += base * q_stride + head.to(tl.int64) * q_head_stride
+    k_ptr += base * k_stride + head.to(tl.int64) * k_head_stride
+    v_ptr += base * v_stride + head.to(tl.int64) * v_head_stride
+    u_ptr += (base * heads + head) * DV
+    delta_ptr += base * heads + head
+    dk_ptr += (base * heads + head) * D
+    dv_ptr += (base * heads + head) * DV
+    if keep_ptr is not None:
+        keep_ptr += base
+    keys = tile + tl.arange(0, BLOCK_M)
+    k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
+    v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
+    dk = tl.zeros([BLOCK_M, D_PAD], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_M, DV_PAD], dtype=tl.float32)
+    for query_tile in tl.range(tile, tile + BLOCK_M, BLOCK_N, num_stages=NUM_STAGES):
+        dk, dv = add_queries_to_dkv(
+            dk, dv, k, v, q_ptr, u_ptr, delta_ptr, keys, query_tile + tl.arange(0, BLOCK_N), length, heads,
+            q_stride, scale, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+        )  # fmt: skip
+    for query_tile in tl.range(tile + BLOCK_M, length, BLOCK_N, num_stages=NUM_STAGES):
+        dk, dv = add_queries_to_dkv(
+            dk, dv, k, v, q_ptr, u_ptr, delta_ptr, keys, query_tile + tl.arange(0, BLOCK_N), length, heads,
+            q_stride, scale, False, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+        )  # fmt: skip
+    dk *= scale
     if states_ptr is not None:
-        n_rows = P_PAD
-        if not SEEDED:
-            n_rows = tl.where(tl.load(chunks_ptr + chunk * 4 + 3) > 0, P_PAD, 0)
-        base = (chunk.to(tl.int64) * heads + head) * P_PAD
-        for row in range(0, n_rows, BLOCK_P):
-            rows = row + tl.arange(0, BLOCK_P)
-            x_i, x_j, weight = load_features(k_ptr, keys * k_stride, keep, rows, first_ptr, second_ptr, weight_ptr, D)
-            state = load_rows(states_ptr, base + rows, DV, rows >= 0, columns, DV).to(DOT)
-            phi = weight[:, None] * x_i * x_j
-            dv = tl.dot(tl.trans(state), phi.to(DOT), dv, input_precision=PRECISION)
-            dphi = tl.dot(state, v, input_precision=PRECISION) + tl.load(norms_ptr + base + rows)[:, None]
-            dk = add_feature_gradient(dk, dphi * weight[:, None], x_i, x_j, rows, first_ptr, second_ptr, D_PAD, DOT, PRECISION)
-    k = load_columns(k_ptr, keys, k_stride, keep, features, D).to(DOT)
-    for query_tile in range(tile, end, TILE):
-        tokens = (query_tile + tl.arange(0, TILE)).to(tl.int64)
-        real = tokens < end
-        q = load_rows(q_ptr, tokens, q_stride, real, features, D).to(DOT)
-        dy = load_rows(dy_ptr, tokens, dy_stride, real, columns, DV).to(DOT)
-        inverse_den = 1.0 / tl.load(den_ptr + tokens * heads + head, mask=real, other=1.0)
-        delta = tl.load(delta_ptr + tokens * heads + head, mask=real, other=0.0)
-        visible = (keys[None, :] <= tokens[:, None]) & real[:, None] & keep[None, :]
-        s = tl.dot(q, k, input_precision=PRECISION) * scale  # [tokens, keys]
-        a = tl.where(visible, (1.0 + s + 0.5 * s * s) * inverse_den[:, None], 0.0)
-        dv = tl.dot(tl.trans(dy), a.to(DOT), dv, input_precision=PRECISION)
-        da = (tl.dot(dy, v, input_precision=PRECISION) + delta[:, None]) * inverse_den[:, None]
-        ds = tl.where(visible, da * (1.0 + s) * scale, 0.0)
-        dk = tl.dot(tl.trans(q), ds.to(DOT), dk, input_precision=PRECISION)
-    # a padding key is out of every sum, the state's included
-    store_columns(dk_ptr, keys * heads + head, D, exists, features, tl.where(keep[None, :], dk, 0.0), D)
-    store_columns(dv_ptr, keys * heads + head, DV, exists, columns, tl.where(keep[None, :], dv, 0.0), DV)
+        if SEEDED:
+            has_state = True
+        else:
+            has_state = tl.load(chunks_ptr + chunk * 4 + 3) > 0
+        if has_state:
+            state_base = (chunk.to(tl.int64) * heads + head) * P_PAD
+            offsets = tl.minimum(keys, length - 1) * k_stride
+            WITH_CONSTANTS: tl.constexpr = (D + BLOCK_P) // BLOCK_P * BLOCK_P
+            for row in tl.static_range(0, WITH_CONSTANTS, BLOCK_P):
+                dk, dv = add_state_to_dkv(
+                    dk, dv, k_ptr, k, v, offsets, states_ptr, norms_ptr, state_base, row + tl.arange(0, BLOCK_P),
+                    first_ptr, second_ptr, select_ptr,
+                    True, D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
+                )  # fmt: skip
+            for row in tl.range(WITH_CONSTANTS, P_PAD, BLOCK_P, num_stages=NUM_STAGES):
+                dk, dv = add_state_to_dkv(
+                    dk, dv, k_ptr, k, v, offsets, states_ptr, norms_ptr, state_base, row + tl.arange(0, BLOCK_P),
+                    first_ptr, second_ptr, select_ptr,
+                    False, D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
+                )  # fmt: skip
+    if keep_ptr is not None:  # a padding key is out of every sum, the state's included
+        keep = tl.load(keep_ptr + keys, mask=keys < length, other=0) != 0
+        dk = tl.where(keep[:, None], dk, 0.0)
+        dv = tl.where(keep[:, None], dv, 0.0)
+    store_rows(dk_ptr, keys, heads * D, length, tl.arange(0, D_PAD), dk, D, D_PAD)
+    store_rows(dv_ptr, keys, heads * DV, length, tl.arange(0, DV_PAD), dv, DV, DV_PAD)
 
 
 def backward(
@@ -270,43 +432,46 @@ def backward(
     head_dim = v.shape[-1]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     with torch.cuda.device_of(q):
-        chunks = make_chunks(batch, seq_len, cu_seqlens, q.device)
-        tables = feature_tables(feature_dim, scale, q.device)
+        chunks = make_chunks(batch, seq_len, cu_seqlens, CHUNK, q.device)
+        tables = feature_tables(feature_dim, scale, q.device, q.dtype)
         keep = flatten_mask(attention_mask)
         q, k, v, dy = (flatten_tokens(x) for x in (q, k, v, dy))
-        n_tokens = batch * seq_len
+        n_rows = batch * seq_len * heads
         options = block_options(feature_dim, head_dim, q.dtype)
+        # dy / den of a long sequence can be below the smallest float16
+        u = torch.empty(
+            q.shape[0], heads, head_dim, device=q.device, dtype=torch.float32 if q.dtype == torch.float16 else q.dtype
+        )
         delta = torch.empty_like(den)
-        delta_kernel[(triton.cdiv(n_tokens, options["TILE"]), heads)](
-            y, dy, delta, n_tokens, dy.stride(0), dy.stride(1),
-            DV=head_dim, DV_PAD=options["DV_PAD"], TILE=options["TILE"], **LAUNCH["delta", q.dtype],
-        )  # fmt: skip
+        launch = launch_options("delta", q.dtype, feature_dim, head_dim)
+        delta_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
+            y, dy, den, u, delta, n_rows, heads, dy.stride(0), dy.stride(1), DV=head_dim, DV_PAD=options["DV_PAD"], **launch
+        )
 
-        tiles = CHUNK // options["TILE"]
-        grid = (chunks.count * tiles, heads)
         arguments = (
-            *(chunks.table, *tables),
-            *(q.stride(0), q.stride(1), k.stride(0), k.stride(1)),
-            *(v.stride(0), v.stride(1), dy.stride(0), dy.stride(1), scale),
+            *(chunks.table, tables.first, tables.second, tables.select),
+            *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale),
         )
         states = norms = None
         if chunks.several or initial_state is not None:
-            states, norms, _ = scanned_states(k, v, chunks, tables, keep=keep, seed=initial_state)
-        dq_kernel[grid](
-            q, k, v, keep, dy, den, delta, states, norms, dq, *arguments,
-            TILES=tiles, SEEDED=initial_state is not None, **options, **LAUNCH["dq", q.dtype],
+            states, norms, _ = running_states(k, v, chunks, tables, keep=keep, seed=initial_state, input_dtype=q.dtype)
+        launch = launch_options("dq", q.dtype, feature_dim, head_dim)
+        dq_kernel[(chunks.count * (chunks.size // launch["BLOCK_M"]), heads)](
+            q, k, v, keep, u, delta, states, norms, dq, *arguments,
+            CHUNK=chunks.size, SEEDED=initial_state is not None, **options, **launch,
         )  # fmt: skip
 
         states = norms = dinitial_state = None
         if chunks.several or dfinal_state is not None or need_dinitial_state:
-            states, norms, dinitial_state = scanned_states(
-                q, dy, chunks, tables,
-                den=den, extra=delta, seed=dfinal_state, need_total=need_dinitial_state, reverse=True,
+            states, norms, dinitial_state = running_states(
+                q, u, chunks, tables,
+                extra=delta, seed=dfinal_state, need_total=need_dinitial_state, reverse=True, input_dtype=q.dtype,
             )  # fmt: skip
         if not (chunks.several or dfinal_state is not None):
             states = norms = None
-        dkv_kernel[grid](
-            q, k, v, keep, dy, den, delta, states, norms, dk, dv, *arguments,
-            TILES=tiles, SEEDED=dfinal_state is not None, **options, **LAUNCH["dkv", q.dtype],
+        launch = launch_options("dkv", q.dtype, feature_dim, head_dim)
+        dkv_kernel[(chunks.count * (chunks.size // launch["BLOCK_M"]), heads)](
+            q, k, v, keep, u, delta, states, norms, dk, dv, *arguments,
+            CHUNK=chunks.size, SEEDED=dfinal_state is not None, **options, **launch,
         )  # fmt: skip
     return dq, dk, dv, dinitial_state

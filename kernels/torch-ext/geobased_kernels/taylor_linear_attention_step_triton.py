@@ -4,10 +4,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .taylor_linear_attention_forward_triton import feature_tables, load_features, padded_rows
 from .taylor_linear_attention_reference import packed_feature_count
+from .taylor_linear_attention_states_triton import feature_tables, padded_rows
 
 LAUNCH = {"BLOCK_P": 32, "num_warps": 4, "num_stages": 3}
+
+
+@triton.jit
+def load_features(x_ptr, offsets, keep, rows, first_ptr, second_ptr, weight_ptr, D: tl.constexpr):
+    """x1[first], x1[second] [rows, tokens] in float32 and weight [rows]; phi = weight * their product; x1 = [x, 1]."""
+    i = tl.load(first_ptr + rows)
+    j = tl.load(second_ptr + rows)
+    weight = tl.load(weight_ptr + rows)
+    x_i = tl.load(x_ptr + offsets[None, :] + i[:, None], mask=(i[:, None] < D) & keep[None, :], other=1.0).to(tl.float32)
+    x_j = tl.load(x_ptr + offsets[None, :] + j[:, None], mask=(j[:, None] < D) & keep[None, :], other=1.0).to(tl.float32)
+    return x_i, x_j, weight
 
 
 @triton.jit
@@ -74,7 +85,7 @@ def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor,
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     with torch.cuda.device_of(q):
         step_kernel[(heads, batch)](
-            q, k, v, state, y, *feature_tables(feature_dim, scale, q.device),
+            q, k, v, state, y, *feature_tables(feature_dim, scale, q.device)[:3],
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             state.stride(0), state.stride(1), state.stride(2), eps, packed_feature_count(feature_dim),
             D=feature_dim, DV=head_dim, DV_PAD=triton.next_power_of_2(head_dim), P_PAD=padded_rows(feature_dim), **LAUNCH,

@@ -1,0 +1,48 @@
+"""Launch configurations of the Taylor linear attention kernels: data, measured on an H200, and a rule for all other shapes."""
+
+import torch
+
+ROW_GRANULE = 32  # rows of stored states are padded to a multiple of it
+
+CHUNK = 256  # tokens whose keys share one stored state
+WALK_PROGRAMS = 700  # with as many programs as this a GPU is full, and a scan over chunks saves nothing
+
+# kernel -> (head_dim up to, options), for bfloat16
+LAUNCH = {
+    "states": [(128, dict(BLOCK_P=64, BLOCK_T=64, NUM_STAGES=3, num_warps=4))],
+    "output": [(128, dict(BLOCK_M=64, BLOCK_N=64, BLOCK_P=32, NUM_STAGES=3, num_warps=4))],
+    "delta": [(128, dict(BLOCK_M=32, num_warps=4))],
+    "dq": [
+        (64, dict(BLOCK_M=64, BLOCK_N=64, BLOCK_P=32, NUM_STAGES=3, num_warps=4)),
+        (128, dict(BLOCK_M=64, BLOCK_N=64, BLOCK_P=32, NUM_STAGES=1, num_warps=4)),
+    ],
+    "dkv": [
+        (64, dict(BLOCK_M=64, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=2, num_warps=4)),
+        (128, dict(BLOCK_M=64, BLOCK_N=64, BLOCK_P=32, NUM_STAGES=3, num_warps=4)),
+    ],
+}
+# float32 operands: larger elements, and no tensor cores for float32 inputs
+WIDE_LAUNCH = {
+    "states": dict(BLOCK_P=32, BLOCK_T=32, NUM_STAGES=1, num_warps=8),
+    "output": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=1, num_warps=8),
+    "delta": dict(BLOCK_M=32, num_warps=4),
+    "dq": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=1, num_warps=8),
+    "dkv": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=1, num_warps=8),
+}
+
+
+def launch_options(kernel: str, dtype: torch.dtype, feature_dim: int, head_dim: int) -> dict:
+    if dtype != torch.bfloat16:
+        return WIDE_LAUNCH[kernel]
+    return next(options for limit, options in LAUNCH[kernel] if head_dim <= limit)
+
+
+def walks_sequences(even: bool, sequences: int, chunks: int, heads: int, row_tiles: int) -> bool:
+    """Whether one program sums a whole sequence, which saves the scan: for many sequences of one length."""
+    return chunks == sequences or (even and sequences * heads * row_tiles >= WALK_PROGRAMS)
+
+
+def scan_options(total_rows: int) -> dict:
+    """One long sequence must be cut into small blocks to fill a GPU; many short ones run best in larger blocks."""
+    block = 16 if total_rows >= 16 * 1024 else 4
+    return dict(BLOCK_P=block, NUM_STAGES=4, num_warps=4 if block == 16 else 2)
