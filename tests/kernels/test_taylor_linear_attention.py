@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from geobased.kernels import taylor_linear_attention as op
+from geobased.kernels import taylor_linear_attention_launch as launch
 from geobased.kernels.taylor_linear_attention import taylor_linear_attention, taylor_linear_attention_step
 from geobased.kernels.taylor_linear_attention_reference import (
     packed_feature_count,
@@ -22,6 +23,7 @@ from geobased.kernels.taylor_linear_attention_reference import (
     taylor_linear_attention_reference,
     unpack_state,
 )
+from geobased.kernels.taylor_linear_attention_states_triton import make_chunks
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -187,6 +189,40 @@ def test_reference_ignores_left_padding(shape, seed, padding):
 @pytest.mark.usefixtures("poisoned_empty")
 def test_triton_matches_reference(case, device):
     check_against_float64(case, device)
+
+
+@pytest.mark.parametrize("case", ["B2-T600-H1-d8-dv16-fp32-states", "B2-T513-H1-d16-dv16-bf16-mask"])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_one_program_walks_a_whole_sequence(case, device, monkeypatch):
+    """Where there are many sequences the running sums need no scan; the small cases above have too few."""
+    monkeypatch.setattr(launch, "WALK_PROGRAMS", 1)
+    check_against_float64(case, device)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=5), st.sampled_from([64, 256]))
+def test_chunks_of_packed_sequences(lengths, size):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = lengths + [1] * 300 if sum(lengths) % 3 == 0 else lengths  # more sequences than one block of the kernel
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device)
+    if bounds[-1] == 0:
+        return
+    chunks = make_chunks(1, int(bounds[-1]), bounds, size, bounds.device)
+    expected, first = [], [0]
+    for start, end in zip(bounds.tolist()[:-1], bounds.tolist()[1:], strict=True):
+        starts = range(start, end, size)
+        expected += [[x, min(x + size, end), n, len(starts) - 1 - n] for n, x in enumerate(starts)]
+        first.append(len(expected))
+    expected += [[0, 0, 0, 0]] * (chunks.count - len(expected))
+    assert chunks.table.tolist() == expected
+    assert chunks.first.tolist() == first
+
+
+@pytest.mark.parametrize("bounds", [[0, 40, 30, 70], [0, 30], [1, 70]])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a failed assertion on the device ends the process")
+def test_wrong_bounds_are_found_without_reading_them(bounds):
+    with pytest.raises(RuntimeError, match="rise from 0 to the number of tokens, 70"):
+        make_chunks(1, 70, torch.tensor(bounds), 64, torch.device("cpu"))
 
 
 @pytest.mark.gpu

@@ -19,13 +19,12 @@ from .taylor_linear_attention_launch import CHUNK, launch_options
 from .taylor_linear_attention_states_triton import (
     block_options,
     feature_tables,
-    flatten_mask,
     flatten_tokens,
-    load_kept_rows,
     load_rows,
     make_chunks,
     running_states,
     store_rows,
+    without_padding,
 )
 
 
@@ -73,7 +72,6 @@ def add_keys_to_dq(
     delta,
     k_ptr,
     v_ptr,
-    keep_ptr,
     tokens,
     keys,
     length,
@@ -88,20 +86,14 @@ def add_keys_to_dq(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq / scale plus what a tile of keys adds; DIAGONAL as in the forward pass."""
-    if keep_ptr is not None:
-        keep = tl.load(keep_ptr + keys, mask=keys < length, other=0) != 0
-        k = load_kept_rows(k_ptr, keys, k_stride, keep, tl.arange(0, D_PAD), D, D_PAD).to(DOT)
-    else:
-        k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, DIAGONAL).to(DOT)
+    """dq / scale plus what a tile of keys adds; DIAGONAL as in the forward pass. Padding adds nothing: its k is zero."""
+    k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, DIAGONAL).to(DOT)
     v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, DIAGONAL).to(DOT)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     da = tl.dot(u, tl.trans(v), input_precision=PRECISION) + delta[:, None]
     ds = da * (1.0 + scale * x)
     if DIAGONAL:
         ds = tl.where(keys[None, :] <= tokens[:, None], ds, 0.0)
-    if keep_ptr is not None:
-        ds = tl.where(keep[None, :], ds, 0.0)
     return tl.dot(ds.to(DOT), k, dq, input_precision=PRECISION)
 
 
@@ -146,7 +138,6 @@ def dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    keep_ptr,
     u_ptr,
     delta_ptr,
     states_ptr,  # [chunks, heads, P_PAD, DV]: the state before each chunk, or None
@@ -193,8 +184,6 @@ def dq_kernel(
     u_ptr += (base * heads + head) * DV
     delta_ptr += base * heads + head
     dq_ptr += (base * heads + head) * D
-    if keep_ptr is not None:
-        keep_ptr += base
     tokens = tile + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, tokens, q_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
     u = load_rows(u_ptr, tokens, heads * DV, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
@@ -202,12 +191,12 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_M, D_PAD], dtype=tl.float32)
     for key_tile in tl.range(0, tile, BLOCK_N, num_stages=NUM_STAGES):
         dq = add_keys_to_dq(
-            dq, q, u, delta, k_ptr, v_ptr, keep_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+            dq, q, u, delta, k_ptr, v_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
             k_stride, v_stride, scale, False, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
         )  # fmt: skip
     for key_tile in tl.range(tile, tile + BLOCK_M, BLOCK_N, num_stages=NUM_STAGES):
         dq = add_keys_to_dq(
-            dq, q, u, delta, k_ptr, v_ptr, keep_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+            dq, q, u, delta, k_ptr, v_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
             k_stride, v_stride, scale, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
         )  # fmt: skip
     dq *= scale
@@ -406,9 +395,9 @@ def dkv_kernel(
                     False, D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
                 )  # fmt: skip
     if keep_ptr is not None:  # a padding key is out of every sum, the state's included
-        keep = tl.load(keep_ptr + keys, mask=keys < length, other=0) != 0
-        dk = tl.where(keep[:, None], dk, 0.0)
-        dv = tl.where(keep[:, None], dv, 0.0)
+        keep = tl.load(keep_ptr + keys, mask=keys < length, other=0.0)
+        dk *= keep[:, None]
+        dv *= keep[:, None]
     store_rows(dk_ptr, keys, heads * D, length, tl.arange(0, D_PAD), dk, D, D_PAD)
     store_rows(dv_ptr, keys, heads * DV, length, tl.arange(0, DV_PAD), dv, DV, DV_PAD)
 
@@ -434,7 +423,7 @@ def backward(
     with torch.cuda.device_of(q):
         chunks = make_chunks(batch, seq_len, cu_seqlens, CHUNK, q.device)
         tables = feature_tables(feature_dim, scale, q.device, q.dtype)
-        keep = flatten_mask(attention_mask)
+        k, v, keep = without_padding(k, v, attention_mask)
         q, k, v, dy = (flatten_tokens(x) for x in (q, k, v, dy))
         n_rows = batch * seq_len * heads
         options = block_options(feature_dim, head_dim, q.dtype)
@@ -454,10 +443,10 @@ def backward(
         )
         states = norms = None
         if chunks.several or initial_state is not None:
-            states, norms, _ = running_states(k, v, chunks, tables, keep=keep, seed=initial_state, input_dtype=q.dtype)
+            states, norms, _ = running_states(k, v, chunks, tables, extra=keep, seed=initial_state, input_dtype=q.dtype)
         launch = launch_options("dq", q.dtype, feature_dim, head_dim)
         dq_kernel[(chunks.count * (chunks.size // launch["BLOCK_M"]), heads)](
-            q, k, v, keep, u, delta, states, norms, dq, *arguments,
+            q, k, v, u, delta, states, norms, dq, *arguments,
             CHUNK=chunks.size, SEEDED=initial_state is not None, **options, **launch,
         )  # fmt: skip
 
@@ -465,7 +454,7 @@ def backward(
         if chunks.several or dfinal_state is not None or need_dinitial_state:
             states, norms, dinitial_state = running_states(
                 q, u, chunks, tables,
-                extra=delta, seed=dfinal_state, need_total=need_dinitial_state, reverse=True, input_dtype=q.dtype,
+                extra=delta.flatten(0, 1), seed=dfinal_state, need_total=need_dinitial_state, reverse=True, input_dtype=q.dtype,
             )  # fmt: skip
         if not (chunks.several or dfinal_state is not None):
             states = norms = None

@@ -12,16 +12,15 @@ from .taylor_linear_attention_launch import CHUNK, launch_options
 from .taylor_linear_attention_states_triton import (
     block_options,
     feature_tables,
-    flatten_mask,
     flatten_tokens,
     gather_factors,
     load_constants,
-    load_kept_rows,
     load_rows,
     load_selection,
     make_chunks,
     running_states,
     store_rows,
+    without_padding,
 )
 
 
@@ -134,17 +133,13 @@ def add_keys(
 ):
     """acc and den plus what a tile of keys adds; DIAGONAL: the tile may hold keys later than a query, or none at all."""
     k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, DIAGONAL).to(DOT)
-    if keep_ptr is not None:
-        keep = tl.load(keep_ptr + keys, mask=keys < length, other=0) != 0
-        v = load_kept_rows(v_ptr, keys, v_stride, keep, tl.arange(0, DV_PAD), DV, DV_PAD).to(DOT)
-    else:
-        v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, DIAGONAL).to(DOT)
+    v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, DIAGONAL).to(DOT)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     a = 1.0 + x * (scale + 0.5 * scale * scale * x)
     if DIAGONAL:  # a key that does not exist is later than every query
         a = tl.where(keys[None, :] <= tokens[:, None], a, 0.0)
     if keep_ptr is not None:
-        a = tl.where(keep[None, :], a, 0.0)
+        a *= tl.load(keep_ptr + keys, mask=keys < length, other=0.0)[None, :]
     den += tl.sum(a, axis=1)
     return tl.dot(a.to(DOT), v, acc, input_precision=PRECISION), den
 
@@ -154,7 +149,7 @@ def output_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    keep_ptr,
+    keep_ptr,  # float32 [tokens], 0 for padding (whose k and v are zero), or None
     states_ptr,  # [chunks, heads, P_PAD, DV]: the state before each chunk, or None
     norms_ptr,
     y_ptr,  # out [tokens, heads, DV]
@@ -262,13 +257,13 @@ def forward(
     with torch.cuda.device_of(q):
         chunks = make_chunks(batch, seq_len, cu_seqlens, CHUNK, q.device)
         tables = feature_tables(feature_dim, scale, q.device, q.dtype)
-        keep = flatten_mask(attention_mask)
+        k, v, keep = without_padding(k, v, attention_mask)
         q, k, v = (flatten_tokens(x) for x in (q, k, v))
         states = norms = final_state = None
         seeded = initial_state is not None
         if chunks.several or seeded or output_final_state:
             states, norms, final_state = running_states(
-                k, v, chunks, tables, keep=keep, seed=initial_state, need_total=output_final_state, input_dtype=q.dtype
+                k, v, chunks, tables, extra=keep, seed=initial_state, need_total=output_final_state, input_dtype=q.dtype
             )
         if not (chunks.several or seeded):
             states = norms = None

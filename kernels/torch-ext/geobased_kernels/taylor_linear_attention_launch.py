@@ -21,20 +21,35 @@ LAUNCH = {
         (128, dict(BLOCK_M=64, BLOCK_N=64, BLOCK_P=32, NUM_STAGES=3, num_warps=4)),
     ],
 }
-# float32 operands: larger elements, and no tensor cores for float32 inputs
-WIDE_LAUNCH = {
-    "states": dict(BLOCK_P=32, BLOCK_T=32, NUM_STAGES=1, num_warps=8),
-    "output": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=1, num_warps=8),
-    "delta": dict(BLOCK_M=32, num_warps=4),
-    "dq": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=1, num_warps=8),
-    "dkv": dict(BLOCK_M=32, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=1, num_warps=8),
+# float16 multiplies as tf32 (its sums can leave its range): larger elements, smaller tiles
+FLOAT16_LAUNCH = {
+    "states": [
+        (64, dict(BLOCK_P=64, BLOCK_T=32, NUM_STAGES=1, num_warps=4)),
+        (128, dict(BLOCK_P=32, BLOCK_T=32, NUM_STAGES=2, num_warps=4)),
+    ],
+    "output": [
+        (64, dict(BLOCK_M=64, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=1, num_warps=4)),
+        (128, dict(BLOCK_M=32, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=2, num_warps=4)),
+    ],
+    "delta": [(128, dict(BLOCK_M=32, num_warps=4))],
 }
+FLOAT16_LAUNCH["dq"] = FLOAT16_LAUNCH["dkv"] = FLOAT16_LAUNCH["output"]
+# no tensor cores
+FLOAT32_LAUNCH = {
+    "states": [(128, dict(BLOCK_P=32, BLOCK_T=32, NUM_STAGES=1, num_warps=8))],
+    "output": [(128, dict(BLOCK_M=32, BLOCK_N=32, BLOCK_P=32, NUM_STAGES=1, num_warps=8))],
+    "delta": [(128, dict(BLOCK_M=32, num_warps=4))],
+}
+FLOAT32_LAUNCH["dq"] = FLOAT32_LAUNCH["dkv"] = FLOAT32_LAUNCH["output"]
+TABLES = {torch.bfloat16: LAUNCH, torch.float16: FLOAT16_LAUNCH, torch.float32: FLOAT32_LAUNCH}
 
 
 def launch_options(kernel: str, dtype: torch.dtype, feature_dim: int, head_dim: int) -> dict:
-    if dtype != torch.bfloat16:
-        return WIDE_LAUNCH[kernel]
-    return next(options for limit, options in LAUNCH[kernel] if head_dim <= limit)
+    options = next(options for limit, options in TABLES[dtype][kernel] if head_dim <= limit)
+    if feature_dim > 16 and kernel in ("dq", "dkv"):
+        # with loads that run ahead, Triton 3.6's code for these wide tiles reads beyond its shared memory, and dk is wrong
+        return options | {"NUM_STAGES": 1}
+    return options
 
 
 def walks_sequences(even: bool, sequences: int, chunks: int, heads: int, row_tiles: int) -> bool:

@@ -165,9 +165,19 @@ def flatten_tokens(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def flatten_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    # int32: loads of fewer than four bytes cannot run ahead of their use
-    return None if attention_mask is None else attention_mask.ne(0).reshape(-1).to(torch.int32)
+def without_padding(
+    k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """k and v with zeros where a token is padding, and the mask as float32 [batch * seq_len].
+
+    A padding token may hold anything, NaN included, and loads that wait for a mask cannot run ahead of their use. With zeros for
+    k and v only its constant feature is left, which the kernels keep out of the normaliser.
+    """
+    if attention_mask is None:
+        return k, v, None
+    keep = attention_mask.ne(0)
+    k, v = (x.masked_fill(~keep[:, :, None, None], 0.0) for x in (k, v))
+    return k, v, keep.reshape(-1).float()
 
 
 def block_options(feature_dim: int, head_dim: int, dtype: torch.dtype) -> dict:
@@ -199,15 +209,6 @@ def load_rows(ptr, tokens, stride, length, columns, WIDTH: tl.constexpr, PADDED:
     else:
         x = tl.load(pointers)
     return x
-
-
-@triton.jit
-def load_kept_rows(ptr, tokens, stride, keep, columns, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """As `load_rows`, zero where `keep` [tokens] is false: a padding token may hold anything, NaN included."""
-    mask = keep[:, None]
-    if WIDTH < PADDED:
-        mask = mask & (columns[None, :] < WIDTH)
-    return tl.load(ptr + tokens[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -255,7 +256,6 @@ def add_tokens(
     norm,
     x_ptr,
     value_ptr,
-    keep_ptr,
     extra_ptr,
     first_ptr,
     second_ptr,
@@ -283,11 +283,7 @@ def add_tokens(
     """state [BLOCK_P, DV_PAD] and norm [BLOCK_P] plus what `length` tokens add."""
     for tile in tl.range(0, length, BLOCK_T, num_stages=NUM_STAGES):
         tokens = tile + tl.arange(0, BLOCK_T)
-        if keep_ptr is not None:
-            keep = tl.load(keep_ptr + tokens, mask=tokens < length, other=0) != 0
-            value = load_kept_rows(value_ptr, tokens, value_stride, keep, tl.arange(0, DV_PAD), DV, DV_PAD).to(DOT)
-        else:
-            value = load_rows(value_ptr, tokens, value_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
+        value = load_rows(value_ptr, tokens, value_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
         if SELECT:
             x = load_rows(x_ptr, tokens, x_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
             x_i = tl.dot(select_i, tl.trans(x), input_precision=PRECISION)
@@ -299,15 +295,11 @@ def add_tokens(
             x_i, x_j = gather_factors(x_ptr, tl.minimum(tokens, length - 1) * x_stride, rows, first_ptr, second_ptr, D, P_PAD)
             x_i, x_j = tl.trans(x_i), tl.trans(x_j)
         phi = x_i * x_j
-        # a token that does not exist has zeros for values and factors, but its constant feature is 1
-        if keep_ptr is not None:
-            phi = tl.where(keep[None, :], phi, 0.0)
-        elif extra_ptr is None:
-            if has_constants:
-                phi = tl.where((tokens < length)[None, :], phi, 0.0)
         state = tl.dot(phi.to(DOT), value, state, input_precision=PRECISION)
         if extra_ptr is not None:
             phi *= tl.load(extra_ptr + tokens * extra_stride, mask=tokens < length, other=0.0)[None, :]
+        elif has_constants:  # a token that does not exist has zeros for factors, but its constant feature is 1
+            phi = tl.where((tokens < length)[None, :], phi, 0.0)
         norm += tl.sum(phi, axis=1)
     return state, norm
 
@@ -316,8 +308,7 @@ def add_tokens(
 def state_kernel(
     x_ptr,  # [tokens, heads, D]: k, or q in the backward pass
     value_ptr,  # [tokens, heads, DV]: v, or dy / den
-    keep_ptr,  # [tokens] or None
-    extra_ptr,  # [tokens, heads]: the value column of the normaliser (backward), or None for ones
+    extra_ptr,  # the value column of the normaliser, [tokens, heads] or [tokens], or None for ones
     states_ptr,  # out [chunks, heads, P_PAD, DV]: the sum of each chunk, or (WALK) of all before it (after it if REVERSE)
     norms_ptr,  # out [chunks, heads, P_PAD]
     seed_ptr,  # [sequences, heads, P, DV + 1] or None; WALK only, as `total`
@@ -332,6 +323,8 @@ def state_kernel(
     x_head_stride,
     value_stride,
     value_head_stride,
+    extra_stride,
+    extra_head_stride,
     P,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -367,7 +360,7 @@ def state_kernel(
     x_ptr += head.to(tl.int64) * x_head_stride
     value_ptr += head.to(tl.int64) * value_head_stride
     if extra_ptr is not None:
-        extra_ptr += head
+        extra_ptr += head * extra_head_stride
 
     first_chunk = index
     count = 1
@@ -401,16 +394,13 @@ def state_kernel(
             else:
                 length = tl.where(tl.load(chunks_ptr + chunk * 4 + (2 if REVERSE else 3)) == 0, 0, length)
         base = start.to(tl.int64)
-        keep_base = keep_ptr
-        if keep_ptr is not None:
-            keep_base = keep_ptr + base
         extra_base = extra_ptr
         if extra_ptr is not None:
-            extra_base = extra_ptr + base * heads
+            extra_base = extra_ptr + base * extra_stride
         state, norm = add_tokens(
-            state, norm, x_ptr + base * x_stride, value_ptr + base * value_stride, keep_base, extra_base,
+            state, norm, x_ptr + base * x_stride, value_ptr + base * value_stride, extra_base,
             first_ptr, second_ptr, select_i, select_j, constant_i, constant_j, has_constants,
-            rows, length, x_stride, value_stride, heads,
+            rows, length, x_stride, value_stride, extra_stride,
             D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_T, DOT, PRECISION, SELECT, NUM_STAGES,
         )  # fmt: skip
         if not WALK and length > 0:
@@ -483,7 +473,6 @@ def running_states(
     chunks: Chunks,
     tables: FeatureTables,
     *,
-    keep: torch.Tensor | None = None,
     extra: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
     need_total: bool = False,
@@ -492,7 +481,8 @@ def running_states(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The weighted state before each chunk (after it if `reverse`) and the total over each sequence.
 
-    x [tokens, heads, d], value [tokens, heads, dv] -> states [chunks, heads, P_PAD, dv], norms [chunks, heads, P_PAD] and,
+    x [tokens, heads, d], value [tokens, heads, dv], extra, what stands beside a value for the normaliser instead of 1,
+    [tokens, heads] or [tokens] -> states [chunks, heads, P_PAD, dv], norms [chunks, heads, P_PAD] and,
     if `need_total`, total [sequences, heads, P, dv + 1] with the outer weights. Without a seed the state before the first
     chunk is left unwritten: it is zero.
     """
@@ -503,13 +493,14 @@ def running_states(
     norms = x.new_empty(chunks.count, heads, rows, dtype=torch.float32)
     total = x.new_empty(chunks.sequences, heads, packed, head_dim + 1, dtype=torch.float32) if need_total else None
     seed = None if seed is None else seed.contiguous()
+    extra_strides = (0, 0) if extra is None else (extra.stride(0), extra.stride(1) if extra.dim() == 2 else 0)
     launch = launch_options("states", input_dtype, feature_dim, head_dim)
     row_tiles = triton.cdiv(rows, launch["BLOCK_P"])
     walk = walks_sequences(chunks.even, chunks.sequences, chunks.count, heads, row_tiles)
     state_kernel[((chunks.sequences if walk else chunks.count) * row_tiles, heads)](
-        x, value, keep, extra, states, norms, seed if walk else None, total if walk else None, chunks.table, chunks.first,
+        x, value, extra, states, norms, seed if walk else None, total if walk else None, chunks.table, chunks.first,
         tables.first, tables.second, tables.weight, tables.select,
-        x.stride(0), x.stride(1), value.stride(0), value.stride(1), packed,
+        x.stride(0), x.stride(1), value.stride(0), value.stride(1), *extra_strides, packed,
         CHUNK=chunks.size, WALK=walk, REVERSE=reverse, NEED_TOTAL=need_total, **options, **launch,
     )  # fmt: skip
     if not walk:
