@@ -22,11 +22,12 @@ def sliding_window_attention_reference(
     softmax_scale: float | None = None,
     block_size: int = 128,
 ) -> torch.Tensor:
-    """q [batch, seq_len, heads, head_dim]; k, v [batch, kv_len, heads, head_dim] -> y like q.
+    """q [batch, seq_len, heads, head_dim]; k, v [batch, kv_len, kv_heads, head_dim] -> y like q.
 
-    kv_len may exceed seq_len (keys kept from before): the last query is aligned with the last key. attention_mask
-    [batch, kv_len] is 0 where a key is padding; a query that sees no key at all gives zeros. With `cu_seqlens` [n + 1] the
-    batch is 1 and holds n sequences end to end. `softmax_scale` defaults to head_dim^-0.5.
+    heads is a multiple of kv_heads: query head h reads key head h // (heads // kv_heads). kv_len may exceed seq_len (keys kept
+    from before): the last query is aligned with the last key. attention_mask [batch, kv_len] is 0 where a key is padding; a
+    query that sees no key at all gives zeros. With `cu_seqlens` [n + 1] the batch is 1 and holds n sequences end to end.
+    `softmax_scale` defaults to head_dim^-0.5.
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
@@ -47,6 +48,8 @@ def sliding_window_attention_reference(
         )
 
     batch, seq_len, heads, head_dim = q.shape
+    if k.shape[2] != heads:
+        k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
     if seq_len == 0:
         return torch.zeros_like(q)
     kv_len = k.shape[1]

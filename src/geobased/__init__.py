@@ -1,7 +1,8 @@
 """BASED language models inside the Hugging Face ecosystem.
 
 Importing this package registers its models with transformers, so that `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
-`AutoModelForSequenceClassification` know them, and its pipelines. Training, recall and the command line load on first use.
+`AutoModelForSequenceClassification` know them, its pipelines, and `attn_implementation="geobased"` for all models. Training,
+recall and the command line load on first use.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from . import checkpoints
 from ._version import __version__
+from .attention_interface import register_attention
 from .modeling_based import (
     BasedCache,
     BasedConfig,
@@ -35,6 +37,7 @@ for auto_class, model_class in (
     # saved models carry their code, so that they load without this package too
     model_class.register_for_auto_class(auto_class.__name__)
 explain_official_checkpoints()
+register_attention()
 PIPELINE_REGISTRY.register_pipeline(
     "context-question-answering",
     pipeline_class=ContextQuestionAnsweringPipeline,

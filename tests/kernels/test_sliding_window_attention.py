@@ -134,12 +134,13 @@ def test_matches_reference_on_gpu(batch, seq_len, heads, head_dim, window, dtype
 
 
 @pytest.mark.parametrize("seq_len, kept, window", [(130, 0, 97), (100, 37, 70), (45, 200, 129)])
-@pytest.mark.parametrize("split", [True, False])
-def test_masking_only_edge_tiles_changes_nothing(seq_len, kept, window, split, device, monkeypatch):
-    from geobased.kernels import sliding_window_attention_triton as kernels
+@pytest.mark.parametrize("mask_all", [True, False])
+def test_masking_only_edge_tiles_changes_nothing(seq_len, kept, window, mask_all, device, monkeypatch):
+    from geobased.kernels.flash_attention_configs import CONFIGS
 
-    for configs in kernels.LAUNCH_CONFIGS.values():
-        monkeypatch.setitem(configs, (False, 64), configs[False, 64] | {"SPLIT": split})
+    for kernel in ("forward", "dq", "dkdv"):
+        key = (kernel, True, 4, 64)
+        monkeypatch.setitem(CONFIGS, key, CONFIGS[key] | {"MASK_ALL": mask_all, "TILE": 32, "STEP": 16})
     check_against_float64(*random_inputs(1, seq_len, 1, 16, kept=kept, device=device), window=window)
 
 
@@ -201,6 +202,19 @@ def test_a_window_of_all_keys_is_causal_attention(backend, window, device):
     y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves), is_causal=True).transpose(1, 2)
     for name, x in zip(("y", "dq", "dk", "dv"), (y, *torch.autograd.grad(y, leaves, dy.double())), strict=True):
         assert_close(name, actual[name], x, 1e-5)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads(kv_heads, device):
+    """Query heads that share a key head: as with the key heads repeated, and their gradients summed."""
+    q, _, _, dy = random_inputs(2, 70, 4, 16, device=device)
+    k, v = (x[:, :, :kv_heads] for x in random_inputs(2, 70, 4, 16, device=device, seed=1)[1:3])
+    actual = check_against_float64(q, k, v, dy, window=9)
+    repeated = run(q, *(x.repeat_interleave(4 // kv_heads, 2) for x in (k, v)), dy, window=9, backend="triton")
+    assert_close("y", actual["y"], repeated["y"], 1e-6)
+    for name in ("dk", "dv"):
+        assert_close(name, actual[name], repeated[name].view(2, 70, kv_heads, -1, 16).sum(3), 1e-5)
 
 
 @pytest.mark.parametrize("softmax_scale", [0.0, 0.3, 5.0, -1.0])
@@ -302,7 +316,7 @@ def _bad(**changes):
         (dict(window=-1), "window=-1 must be at least 1"),
         (dict(q=torch.randn(2, 6, 32)), "q has shape"),
         (dict(v=torch.randn(2, 6, 2, 8)), "must be equal"),
-        (dict(q=torch.randn(2, 6, 4, 16)), "repeat the key heads"),
+        (dict(q=torch.randn(2, 6, 3, 16)), "3 heads and k and v have 2"),
         (dict(q=torch.randn(3, 6, 2, 16)), "k and v have shape"),
         (dict(q=torch.randn(2, 7, 2, 16)), "kv_len 6 is less than seq_len 7"),
         (dict(q=torch.randn(2, 6, 2, 16, dtype=torch.float64)), "dtypes torch.float64, torch.float32"),

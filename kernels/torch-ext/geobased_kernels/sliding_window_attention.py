@@ -9,6 +9,7 @@ applied before, to q and k.
 import torch
 
 from .backend import resolve_backend, without_triton
+from .flash_attention import check_heads
 from .packed_sequences import check_cu_seqlens, sequence_bounds
 from .sliding_window_attention_reference import sliding_window_attention_reference
 
@@ -26,7 +27,7 @@ def sliding_window_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """q [batch, seq_len, heads, head_dim]; k, v [batch, kv_len, heads, head_dim] -> y like q.
+    """q [batch, seq_len, heads, head_dim]; k, v [batch, kv_len, kv_heads, head_dim] -> y like q.
 
     Args:
         window: keys that a query sees, itself included; a window of kv_len or more is plain causal attention.
@@ -35,7 +36,8 @@ def sliding_window_attention(
         softmax_scale: head_dim^-0.5 unless given.
         backend: "auto", "triton" or "torch".
 
-    kv_len may exceed seq_len (keys kept from before): the last query is aligned with the last key.
+    kv_len may exceed seq_len (keys kept from before): the last query is aligned with the last key. heads may be a multiple of
+    kv_heads (grouped queries): query head h reads key head h // (heads // kv_heads).
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 100, 4, 64)
@@ -80,31 +82,12 @@ def _check_inputs(
 ) -> None:
     if window < 1:
         raise ValueError(f"window={window} must be at least 1: it counts the token itself")
-    if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}: it must be [batch, seq_len, heads, head_dim]")
-    batch, seq_len, heads, head_dim = q.shape
-    if k.shape != v.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: they must be equal")
-    if k.dim() != 4 or (k.shape[0], k.shape[2], k.shape[3]) != (batch, heads, head_dim):
-        raise ValueError(
-            f"k and v have shape {tuple(k.shape)}: to fit q they must be [{batch}, kv_len, {heads}, {head_dim}]"
-            " (repeat the key heads where queries share them)"
-        )
-    kv_len = k.shape[1]
+    check_heads(q, k, v, attention_mask)
+    seq_len, kv_len = q.shape[1], k.shape[1]
     if kv_len < seq_len:
         raise ValueError(f"kv_len {kv_len} is less than seq_len {seq_len}: every query needs its own key among k")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: cast them to one")
-    if not q.is_floating_point():
-        raise ValueError(f"q, k and v have dtype {q.dtype}: it must be a floating point dtype")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v are on {q.device}, {k.device}, {v.device}: move them to one device")
-    if attention_mask is not None and attention_mask.shape != (batch, kv_len):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: it must be [batch, kv_len] = [{batch}, {kv_len}]"
-        )
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, batch, seq_len)
+        check_cu_seqlens(cu_seqlens, q.shape[0], seq_len)
         if kv_len != seq_len:
             raise ValueError(f"with cu_seqlens kv_len {kv_len} must equal seq_len {seq_len}")
 
