@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from geobased.kernels import backend as backend_module
 from geobased.kernels import gated_short_convolution as op
-from geobased.kernels.gated_short_convolution import gated_short_convolution
+from geobased.kernels.gated_short_convolution import gated_short_convolution, gated_short_convolution_of_halves
 from geobased.kernels.gated_short_convolution_reference import gated_short_convolution_reference
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +196,25 @@ def test_packed_sequences_with_padding(device):
     check_against_float64(*random_inputs(1, 50, 20, 3, device=device), cu_seqlens=cu_seqlens, attention_mask=mask)
 
 
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("masking", ["none", "padding", "packed"])
+def test_halves_of_one_tensor(masking, device):
+    """The same numbers as of two chunks, to the bit, with a gradient that is one tensor."""
+    x, gate, weight, dy = random_inputs(1, 70, 20, 3, dtype=torch.bfloat16, device=device)
+    options = {
+        "none": {},
+        "padding": dict(attention_mask=(torch.arange(70, device=device) % 5 > 0)[None]),
+        "packed": dict(cu_seqlens=torch.tensor([0, 33, 70])),
+    }[masking]
+    expected = run(x, gate, weight, dy, backend="triton", **options)
+    for backend in ("triton", "torch"):
+        halves, leaf = torch.cat([x, gate], dim=-1).requires_grad_(), weight.detach().requires_grad_()
+        y = gated_short_convolution_of_halves(halves, leaf, backend=backend, **options)
+        dhalves, dweight = torch.autograd.grad(y, (halves, leaf), dy)
+        for name, t in zip(NAMES, (y, *dhalves.chunk(2, dim=-1), dweight), strict=False):
+            assert_close(name, t, expected[name], 0 if backend == "triton" else TOLERANCE[x.dtype])
+
+
 def test_strided_inputs(device):
     """Channel-major tensors and the expanded gradient of a sum."""
     x, gate, weight, dy = random_inputs(2, 40, 20, 3, device=device)
@@ -227,6 +246,8 @@ def test_importing_does_not_import_triton():
 def test_empty_inputs(device):
     for shape in ((2, 0, 3), (0, 5, 3), (2, 5, 0)):
         x = torch.randn(shape, device=device)
+        halves = torch.randn(*shape[:2], 2 * shape[2], device=device)
+        assert gated_short_convolution_of_halves(halves, torch.randn(shape[2], 3, device=device)).shape == shape
         assert gated_short_convolution(x, x, torch.randn(shape[2], 3, device=device)).shape == shape
 
 
@@ -237,6 +258,9 @@ def test_operator_follows_the_rules_of_custom_ops(device):
     torch.library.opcheck(op._convolution, (x, gate, weight, state, mask, None))
     arguments = tuple(t.detach() for t in (dy, x, gate, weight, state))
     torch.library.opcheck(op._convolution_backward, (*arguments, mask, None))
+    halves = torch.cat([x, gate], dim=-1).detach()
+    torch.library.opcheck(op._convolution_of_halves, (halves.clone().requires_grad_(), weight, mask, None))
+    torch.library.opcheck(op._convolution_of_halves_backward, (dy.detach(), halves, weight.detach(), mask, None))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -303,3 +327,9 @@ def test_kernels_beyond_the_triton_form(kernel, device, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gated_short_convolution(x, gate, weight)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 6, 7)])
+def test_bad_halves(shape):
+    with pytest.raises(ValueError, match=r"it must be \[batch, seq_len, 2 \* channels\]"):
+        gated_short_convolution_of_halves(torch.randn(shape), torch.randn(3, 3))

@@ -52,6 +52,36 @@ def gated_short_convolution(
     return _convolution(x, gate, weight, state, token_mask, bounds)
 
 
+def gated_short_convolution_of_halves(
+    halves: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """halves [batch, seq_len, 2 * channels], x and gate side by side; weight [channels, kernel] -> y [batch, seq_len, channels].
+
+    The same as `gated_short_convolution(*halves.chunk(2, dim=-1), weight, ...)`, whose arguments these are. The gradient of
+    halves is written once; of two chunks autograd would put it together in another pass.
+
+    Example:
+        >>> gated_short_convolution_of_halves(torch.randn(2, 100, 2 * 64), torch.randn(64, 3)).shape
+        torch.Size([2, 100, 64])
+    """
+    if halves.dim() != 3 or halves.shape[-1] % 2:
+        raise ValueError(f"halves has shape {tuple(halves.shape)}: it must be [batch, seq_len, 2 * channels]")
+    x, gate = halves.chunk(2, dim=-1)
+    _check_inputs(x, gate, weight, None, attention_mask, cu_seqlens)
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    if _resolve_backend(backend, x, weight) == "torch":
+        return gated_short_convolution_reference(x, gate, weight, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+    token_mask = None if attention_mask is None else attention_mask.to(x.device).ne(0)
+    bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens.to(x.device), x.shape[1])
+    return _convolution_of_halves(halves, weight, token_mask, bounds)
+
+
 def _resolve_backend(backend: str, x: torch.Tensor, weight: torch.Tensor) -> str:
     resolved = resolve_backend(backend, x)
     kernel = weight.shape[1]
@@ -148,3 +178,53 @@ def _backward(ctx, dy):
 
 
 _convolution.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("geobased::gated_short_convolution_of_halves", mutates_args=())
+def _convolution_of_halves(
+    halves: torch.Tensor, weight: torch.Tensor, token_mask: torch.Tensor | None, bounds: torch.Tensor | None
+) -> torch.Tensor:
+    from . import gated_short_convolution_triton
+
+    x, gate = halves.chunk(2, dim=-1)
+    return gated_short_convolution_triton.forward(x, gate, weight, None, token_mask, bounds)
+
+
+@_convolution_of_halves.register_fake
+def _(halves, weight, token_mask, bounds):
+    batch, seq_len, width = halves.shape
+    return torch.empty(batch, seq_len, width // 2, dtype=halves.dtype, device=halves.device)
+
+
+@torch.library.custom_op("geobased::gated_short_convolution_of_halves_backward", mutates_args=())
+def _convolution_of_halves_backward(
+    dy: torch.Tensor,
+    halves: torch.Tensor,
+    weight: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> dhalves, dweight."""
+    from . import gated_short_convolution_triton
+
+    dhalves = torch.empty(halves.shape, dtype=halves.dtype, device=halves.device)
+    x, gate = halves.chunk(2, dim=-1)
+    dx, dgate = dhalves.chunk(2, dim=-1)
+    dweight = gated_short_convolution_triton.backward(dy, x, gate, weight, None, token_mask, bounds, into=(dx, dgate))[2]
+    return dhalves, dweight
+
+
+@_convolution_of_halves_backward.register_fake
+def _(dy, halves, weight, token_mask, bounds):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (halves, weight))
+
+
+def _setup_context_of_halves(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_of_halves(ctx, dy):
+    return *_convolution_of_halves_backward(dy, *ctx.saved_tensors), None, None
+
+
+_convolution_of_halves.register_autograd(_backward_of_halves, setup_context=_setup_context_of_halves)

@@ -49,3 +49,15 @@ def gated_short_convolution_reference(
             shifted = F.pad(inputs, (back, 0))[..., : x.shape[1]]
             conv = conv + weight[:, i, None].to(compute_dtype) * shifted * (positions - back >= starts)
     return (F.silu(conv.transpose(1, 2)) * gate.to(compute_dtype)).to(x.dtype)
+
+
+def gated_short_convolution_of_halves_reference(
+    halves: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """halves [batch, seq_len, 2 * channels], x and gate side by side; the rest as of `gated_short_convolution_reference`."""
+    x, gate = halves.chunk(2, dim=-1)
+    return gated_short_convolution_reference(x, gate, weight, attention_mask=attention_mask, cu_seqlens=cu_seqlens)

@@ -1,18 +1,27 @@
-"""Triton kernels of the gated short convolution: one program per (batch, token tile, channel tile), channels fastest.
+"""Triton kernels of the gated short convolution: a program walks along the tokens of a tile, each thread with its own channels.
 
-Neighbouring rows are loaded once per tap and come from the L1 cache. The backward kernel recomputes the convolution of its
-tile and of the kernel - 1 tokens after it, so that nothing but the inputs is saved; each program leaves its share of the
-weight gradient, and PyTorch sums the shares: no atomics, the same bits every time.
+The last kernel - 1 inputs stay in registers, so every number is loaded once; rows are loaded in groups ahead of their use.
+The backward kernel recomputes the convolution of its tile and of the kernel - 1 tokens after it, so that nothing but the
+inputs is saved, and keeps the last gradients in registers in the same way. Each program leaves its share of the weight
+gradient, and PyTorch sums the shares: no atomics, the same bits every time.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+# tiles of BLOCK_T tokens (at least the 7 that a kernel of 8 taps reaches back), loaded GROUP at a time, and BLOCK_C channels
 LAUNCH_CONFIGS = {
-    "forward": dict(BLOCK_T=32, BLOCK_C=128, num_warps=4),
-    "backward": dict(BLOCK_T=32, BLOCK_C=64, num_warps=8),
+    "forward": dict(BLOCK_T=32, GROUP=8, BLOCK_C=512, num_warps=4),
+    "backward": dict(BLOCK_T=64, GROUP=8, BLOCK_C=256, num_warps=4),
 }
+
+
+def launch_config(kernel: str, seq_len: int, channels: int) -> dict[str, int]:
+    config = LAUNCH_CONFIGS[kernel]
+    tokens, width = (triton.next_power_of_2(n) for n in (seq_len, channels))
+    smaller = {name: min(config[name], n) for name, n in (("BLOCK_T", tokens), ("GROUP", tokens), ("BLOCK_C", width))}
+    return config | smaller
 
 
 def forward(
@@ -28,7 +37,7 @@ def forward(
     x, gate = (_with_dense_rows(t) for t in (x, gate))
     state = _reachable_rows(state, weight)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    config = LAUNCH_CONFIGS["forward"]
+    config = launch_config("forward", *x.shape[1:])
     with torch.cuda.device_of(x):
         _forward_kernel[_grid(x, config)](
             *(x, gate, weight.t().contiguous(), y), **_shared_arguments(x, gate, weight, state, token_mask, bounds), **config
@@ -44,14 +53,18 @@ def backward(
     state: torch.Tensor | None,
     token_mask: torch.Tensor | None,
     bounds: torch.Tensor | None,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments as of `forward`, dy like y -> dx, dgate, dweight, dstate (empty without a state)."""
+    """Arguments as of `forward`, dy like y -> dx, dgate, dweight, dstate (empty without a state).
+
+    into: where dx and dgate are written, two tensors of the same strides, channels dense.
+    """
     dy, x, gate = (_with_dense_rows(t) for t in (dy, x, gate))
-    dx, dgate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    dx, dgate = into or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     rows = _reachable_rows(state, weight)
     drows = None if rows is None else torch.empty(rows.shape, dtype=rows.dtype, device=x.device)
-    config = LAUNCH_CONFIGS["backward"]
     batch, seq_len, channels = x.shape
+    config = launch_config("backward", seq_len, channels)
     tiles = batch * triton.cdiv(seq_len, config["BLOCK_T"])
     dweight = torch.empty(tiles, weight.shape[1], channels, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -60,7 +73,8 @@ def backward(
             **_shared_arguments(x, gate, weight, rows, token_mask, bounds),
             stride_db=dy.stride(0),
             stride_dt=dy.stride(1),
-            HALO=triton.next_power_of_2(weight.shape[1] - 1),
+            stride_ob=dx.stride(0),
+            stride_ot=dx.stride(1),
             **config,
         )
     dweight = dweight.sum(0).t().to(weight.dtype).contiguous()
@@ -128,80 +142,55 @@ def _locate(seq_len, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(base, start, offsets, columns, limit, channels, stride):
-    """Rows start + offsets of base [limit, channels] in float32, zero outside."""
-    rows = start + offsets
-    pointers = base + tl.cast(start, tl.int64) * stride + offsets[:, None] * stride + columns[None, :]
-    visible = ((rows >= 0) & (rows < limit))[:, None] & (columns < channels)[None, :]
-    return tl.load(pointers, visible, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_rows(base, start, offsets, columns, limit, channels, x):
-    rows = start + offsets
-    pointers = base + tl.cast(start, tl.int64) * channels + offsets[:, None] * channels + columns[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), (rows < limit)[:, None] & (columns < channels)[None, :])
-
-
-@triton.jit
-def _load_inputs(
+def _first_history(
     x,
     state,
     token_mask,
     start,
-    offsets,
-    columns,
     seq_len,
+    stride,
+    columns,
     channels,
     kept,
-    stride_xt,
     HAS_STATE: tl.constexpr,
     HAS_MASK: tl.constexpr,
-):
-    """Inputs of the convolution at tokens start + offsets: x, before it the state, zero where there is neither."""
-    rows = start + offsets
-    inputs = _load_rows(x, start, offsets, columns, seq_len, channels, stride_xt)
-    if HAS_MASK:
-        inputs = tl.where(tl.load(token_mask + rows, (rows >= 0) & (rows < seq_len), other=0)[:, None] != 0, inputs, 0.0)
-    if HAS_STATE:
-        pointers = state + (rows + kept)[:, None] * channels + columns[None, :]
-        visible = ((rows < 0) & (rows + kept >= 0))[:, None] & (columns < channels)[None, :]
-        inputs += tl.load(pointers, visible, other=0.0).to(tl.float32)
-    return inputs
-
-
-@triton.jit
-def _convolve(
-    x,
-    weight,
-    state,
-    token_mask,
-    bounds,
-    start,
-    offsets,
-    columns,
-    seq_len,
-    channels,
-    kept,
-    stride_xt,
-    SHIFT: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr,
     KERNEL: tl.constexpr,
 ):
-    """The convolution at tokens start + offsets + SHIFT, float32."""
-    conv = tl.zeros([offsets.shape[0], columns.shape[0]], tl.float32)
+    """The KERNEL - 1 inputs before token `start`: x, before it the state, zero where there is neither."""
+    history = ()
+    inside = columns < channels
+    # a row's number as a block: Triton's interpreter turns `block & scalar` of booleans into integers
+    zeros = columns * 0
+    for i in tl.static_range(KERNEL - 1):
+        row = start + (i - (KERNEL - 1))
+        rows = row + zeros
+        pointers = x + tl.cast(row, tl.int64) * stride + columns
+        values = tl.load(pointers, inside & (rows >= 0) & (rows < seq_len), other=0.0).to(tl.float32)
+        if HAS_MASK:
+            values = tl.where(tl.load(token_mask + row, (row >= 0) & (row < seq_len), other=0) != 0, values, 0.0)
+        if HAS_STATE:
+            visible = inside & (rows < 0) & (rows + kept >= 0)
+            values += tl.load(state + (row + kept) * channels + columns, visible, other=0.0).to(tl.float32)
+        history = history + (values,)
+    return history
+
+
+@triton.jit
+def _load_weights(weight, columns, channels, KERNEL: tl.constexpr):
+    weights = ()
     for tap in tl.static_range(KERNEL):
-        inputs = _load_inputs(
-            *(x, state, token_mask, start, offsets + (SHIFT + tap - (KERNEL - 1)), columns, seq_len, channels, kept),
-            *(stride_xt, HAS_STATE, HAS_MASK),
-        )
+        weights = weights + (tl.load(weight + tap * channels + columns, columns < channels, other=0.0).to(tl.float32),)
+    return weights
+
+
+@triton.jit
+def _convolve(history, inputs, weights, token, sequence_start, PACKED: tl.constexpr, KERNEL: tl.constexpr):
+    conv = inputs * weights[KERNEL - 1]
+    for tap in tl.static_range(KERNEL - 1):
+        values = history[tap]
         if PACKED:
-            tokens = start + offsets + SHIFT
-            starts = tl.load(bounds + tokens, (tokens >= 0) & (tokens < seq_len), other=0)
-            inputs = tl.where((tokens + (tap - (KERNEL - 1)) >= starts)[:, None], inputs, 0.0)
-        conv += inputs * tl.load(weight + tap * channels + columns, columns < channels, other=0.0).to(tl.float32)[None, :]
+            values = tl.where(token + (tap - (KERNEL - 1)) >= sequence_start, values, 0.0)
+        conv += values * weights[tap]
     return conv
 
 
@@ -226,33 +215,60 @@ def _forward_kernel(
     PACKED: tl.constexpr,
     KERNEL: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     batch, _, start, columns = _locate(seq_len, channels, BLOCK_T, BLOCK_C)
-    offsets = tl.arange(0, BLOCK_T)
+    x += batch * stride_xb
+    gate += batch * stride_gb
+    y += batch * seq_len * channels
     if HAS_STATE:
         state += batch * channels * kept
     if HAS_MASK:
         token_mask += batch * seq_len
-    conv = _convolve(
-        *(x + batch * stride_xb, weight, state, token_mask, bounds, start, offsets, columns, seq_len, channels, kept),
-        *(stride_xt, 0, HAS_STATE, HAS_MASK, PACKED, KERNEL),
+    weights = _load_weights(weight, columns, channels, KERNEL)
+    history = _first_history(
+        *(x, state, token_mask, start, seq_len, stride_xt, columns, channels, kept, HAS_STATE, HAS_MASK, KERNEL)
     )
-    gates = _load_rows(gate + batch * stride_gb, start, offsets, columns, seq_len, channels, stride_gt)
-    _store_rows(y + batch * seq_len * channels, start, offsets, columns, seq_len, channels, conv * tl.sigmoid(conv) * gates)
+    inside = columns < channels
+    zeros = columns * 0
+    for walked in range(0, BLOCK_T, GROUP):
+        first = start + walked
+        xs = ()
+        gates = ()
+        for i in tl.static_range(GROUP):
+            token = first + i
+            visible = inside & (token + zeros < seq_len)
+            values = tl.load(x + tl.cast(token, tl.int64) * stride_xt + columns, visible, other=0.0)
+            if HAS_MASK:
+                values = tl.where(tl.load(token_mask + token, token < seq_len, other=0) != 0, values, 0.0)
+            xs = xs + (values,)
+            gates = gates + (tl.load(gate + tl.cast(token, tl.int64) * stride_gt + columns, visible, other=0.0),)
+        for i in tl.static_range(GROUP):
+            token = first + i
+            inputs = xs[i].to(tl.float32)
+            sequence_start = 0
+            if PACKED:
+                sequence_start = tl.load(bounds + token, token < seq_len, other=0)
+            conv = _convolve(history, inputs, weights, token, sequence_start, PACKED, KERNEL)
+            history = history[1:] + (inputs,)
+            values = conv * tl.sigmoid(conv) * gates[i].to(tl.float32)
+            pointers = y + tl.cast(token, tl.int64) * channels + columns
+            tl.store(pointers, values.to(y.dtype.element_ty), inside & (token + zeros < seq_len))
 
 
 @triton.jit
-def _convolution_gradient(
+def _walk(
     x,
     gate,
-    weight,
     dy,
-    state,
+    dx,
+    dgate,
+    drows,
     token_mask,
     bounds,
     start,
-    offsets,
+    first,
     columns,
     seq_len,
     channels,
@@ -260,60 +276,81 @@ def _convolution_gradient(
     stride_xt,
     stride_gt,
     stride_dt,
-    SHIFT: tl.constexpr,
+    stride_ot,
+    weights,
+    history,
+    dconvs,
+    dweights,
+    OWN: tl.constexpr,
+    COUNT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr,
     KERNEL: tl.constexpr,
 ):
-    """-> gradients of the convolution and of the gate at tokens start + offsets + SHIFT, zero outside the sequence."""
-    conv = _convolve(
-        *(x, weight, state, token_mask, bounds, start, offsets, columns, seq_len, channels, kept),
-        *(stride_xt, SHIFT, HAS_STATE, HAS_MASK, PACKED, KERNEL),
-    )
-    dys = _load_rows(dy, start, offsets + SHIFT, columns, seq_len, channels, stride_dt)
-    gates = _load_rows(gate, start, offsets + SHIFT, columns, seq_len, channels, stride_gt)
-    sigmoid = tl.sigmoid(conv)
-    return dys * gates * sigmoid * (1.0 + conv * (1.0 - sigmoid)), dys * conv * sigmoid
+    """Tokens first .. first + COUNT - 1: stores the gradients of their gates and of the inputs KERNEL - 1 tokens before them.
 
-
-@triton.jit
-def _input_gradient(
-    x,
-    gate,
-    weight,
-    dy,
-    state,
-    token_mask,
-    bounds,
-    start,
-    offsets,
-    columns,
-    seq_len,
-    channels,
-    kept,
-    stride_xt,
-    stride_gt,
-    stride_dt,
-    HAS_STATE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr,
-    KERNEL: tl.constexpr,
-):
-    """Gradient of the inputs at tokens start + offsets: every later token within the kernel's reach sends its share."""
-    dinputs = tl.zeros([offsets.shape[0], columns.shape[0]], tl.float32)
-    for shift in tl.static_range(KERNEL):
-        dconv, _ = _convolution_gradient(
-            *(x, gate, weight, dy, state, token_mask, bounds, start, offsets, columns, seq_len, channels, kept),
-            *(stride_xt, stride_gt, stride_dt, shift, HAS_STATE, HAS_MASK, PACKED, KERNEL),
-        )
+    history and dconvs hold the inputs and the gradients of the convolution of the KERNEL - 1 tokens before, dweights the sums
+    so far; all three are returned as of the next token. Of the tokens after the tile (OWN is False) only what they send
+    back to the tile counts.
+    """
+    xs = ()
+    gates = ()
+    dys = ()
+    inside = columns < channels
+    zeros = columns * 0
+    for i in tl.static_range(COUNT):
+        token = first + i
+        visible = inside & (token + zeros < seq_len)
+        values = tl.load(x + tl.cast(token, tl.int64) * stride_xt + columns, visible, other=0.0)
+        if HAS_MASK:
+            values = tl.where(tl.load(token_mask + token, token < seq_len, other=0) != 0, values, 0.0)
+        xs = xs + (values,)
+        gates = gates + (tl.load(gate + tl.cast(token, tl.int64) * stride_gt + columns, visible, other=0.0),)
+        dys = dys + (tl.load(dy + tl.cast(token, tl.int64) * stride_dt + columns, visible, other=0.0),)
+    for i in tl.static_range(COUNT):
+        token = first + i
+        inputs = xs[i].to(tl.float32)
+        sequence_start = 0
         if PACKED:
-            tokens = start + offsets + shift
-            starts = tl.load(bounds + tokens, tokens < seq_len, other=0)
-            dconv = tl.where((start + offsets >= starts)[:, None], dconv, 0.0)
-        tap = tl.load(weight + (KERNEL - 1 - shift) * channels + columns, columns < channels, other=0.0)
-        dinputs += dconv * tap.to(tl.float32)[None, :]
-    return dinputs
+            sequence_start = tl.load(bounds + token, token < seq_len, other=0)
+        conv = _convolve(history, inputs, weights, token, sequence_start, PACKED, KERNEL)
+        sigmoid = tl.sigmoid(conv)
+        grads = dys[i].to(tl.float32)
+        silu = conv * sigmoid
+        dconv = grads * gates[i].to(tl.float32) * (sigmoid + silu * (1.0 - sigmoid))
+        if OWN:
+            pointers = dgate + tl.cast(token, tl.int64) * stride_ot + columns
+            tl.store(pointers, (grads * silu).to(dgate.dtype.element_ty), inside & (token + zeros < seq_len))
+            sums = ()
+            for tap in tl.static_range(KERNEL - 1):
+                seen = history[tap]
+                if PACKED:
+                    seen = tl.where(token + (tap - (KERNEL - 1)) >= sequence_start, seen, 0.0)
+                sums = sums + (dweights[tap] + dconv * seen,)
+            dweights = sums + (dweights[KERNEL - 1] + dconv * inputs,)
+        history = history[1:] + (inputs,)
+
+        row = token - (KERNEL - 1)  # the newest input that no later token reaches
+        dconvs = dconvs + (dconv,)  # of the tokens row .. token
+        dinputs = tl.zeros_like(dconv)
+        for shift in tl.static_range(KERNEL):
+            sent = dconvs[shift]
+            if PACKED:
+                sender = row + shift
+                sequence_start = tl.load(bounds + sender, (sender >= 0) & (sender < seq_len), other=0)
+                sent = tl.where(row >= sequence_start, sent, 0.0)
+            dinputs += sent * weights[KERNEL - 1 - shift]
+        dconvs = dconvs[1:]
+        rows = row + zeros
+        if HAS_STATE:
+            pointers = drows + (row + kept) * channels + columns
+            tl.store(pointers, dinputs.to(drows.dtype.element_ty), inside & (rows < 0) & (rows + kept >= 0))
+        if HAS_MASK:
+            dinputs = tl.where(tl.load(token_mask + row, (row >= 0) & (row < seq_len), other=0) != 0, dinputs, 0.0)
+        pointers = dx + tl.cast(row, tl.int64) * stride_ot + columns
+        tl.store(pointers, dinputs.to(dx.dtype.element_ty), inside & (rows >= start) & (rows < seq_len))
+    return history, dconvs, dweights
 
 
 @triton.jit
@@ -338,58 +375,46 @@ def _backward_kernel(
     stride_gt,
     stride_db,
     stride_dt,
+    stride_ob,
+    stride_ot,
     HAS_STATE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr,
     KERNEL: tl.constexpr,
-    HALO: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     batch, tile, start, columns = _locate(seq_len, channels, BLOCK_T, BLOCK_C)
-    offsets = tl.arange(0, BLOCK_T)
     x += batch * stride_xb
     gate += batch * stride_gb
     dy += batch * stride_db
+    dx += batch * stride_ob
+    dgate += batch * stride_ob
     if HAS_STATE:
         state += batch * channels * kept
         drows += batch * channels * kept
     if HAS_MASK:
         token_mask += batch * seq_len
-
-    dinputs = _input_gradient(
-        *(x, gate, weight, dy, state, token_mask, bounds, start, offsets, columns, seq_len, channels, kept),
-        *(stride_xt, stride_gt, stride_dt, HAS_STATE, HAS_MASK, PACKED, KERNEL),
+    weights = _load_weights(weight, columns, channels, KERNEL)
+    history = _first_history(
+        *(x, state, token_mask, start, seq_len, stride_xt, columns, channels, kept, HAS_STATE, HAS_MASK, KERNEL)
     )
-    if HAS_MASK:
-        tokens = start + offsets
-        dinputs = tl.where(tl.load(token_mask + tokens, tokens < seq_len, other=0)[:, None] != 0, dinputs, 0.0)
-    _store_rows(dx + batch * seq_len * channels, start, offsets, columns, seq_len, channels, dinputs)
-
-    dconv, dgates = _convolution_gradient(
-        *(x, gate, weight, dy, state, token_mask, bounds, start, offsets, columns, seq_len, channels, kept),
-        *(stride_xt, stride_gt, stride_dt, 0, HAS_STATE, HAS_MASK, PACKED, KERNEL),
+    dconvs = ()
+    for _ in tl.static_range(KERNEL - 1):
+        dconvs = dconvs + (tl.zeros([BLOCK_C], tl.float32),)
+    dweights = dconvs + (tl.zeros([BLOCK_C], tl.float32),)
+    for walked in range(0, BLOCK_T, GROUP):
+        history, dconvs, dweights = _walk(
+            *(x, gate, dy, dx, dgate, drows, token_mask, bounds, start, start + walked, columns, seq_len, channels, kept),
+            *(stride_xt, stride_gt, stride_dt, stride_ot, weights, history, dconvs, dweights),
+            *(True, GROUP, HAS_STATE, HAS_MASK, PACKED, KERNEL),
+        )
+    history, dconvs, dweights = _walk(
+        *(x, gate, dy, dx, dgate, drows, token_mask, bounds, start, start + BLOCK_T, columns, seq_len, channels, kept),
+        *(stride_xt, stride_gt, stride_dt, stride_ot, weights, history, dconvs, dweights),
+        *(False, KERNEL - 1, HAS_STATE, HAS_MASK, PACKED, KERNEL),
     )
-    _store_rows(dgate + batch * seq_len * channels, start, offsets, columns, seq_len, channels, dgates)
-
     for tap in tl.static_range(KERNEL):
-        inputs = _load_inputs(
-            *(x, state, token_mask, start, offsets + (tap - (KERNEL - 1)), columns, seq_len, channels, kept),
-            *(stride_xt, HAS_STATE, HAS_MASK),
-        )
-        if PACKED:
-            tokens = start + offsets
-            starts = tl.load(bounds + tokens, tokens < seq_len, other=0)
-            inputs = tl.where((tokens + (tap - (KERNEL - 1)) >= starts)[:, None], inputs, 0.0)
         share = (tl.cast(tile, tl.int64) * KERNEL + tap) * channels + columns
-        tl.store(dweight + share, tl.sum(dconv * inputs, 0), columns < channels)
-
-    if HAS_STATE and start == 0:
-        before = tl.arange(0, HALO) - HALO
-        dkept = _input_gradient(
-            *(x, gate, weight, dy, state, token_mask, bounds, start, before, columns, seq_len, channels, kept),
-            *(stride_xt, stride_gt, stride_dt, HAS_STATE, HAS_MASK, PACKED, KERNEL),
-        )
-        visible = (before + kept >= 0)[:, None] & (columns < channels)[None, :]
-        pointers = drows + (before + kept)[:, None] * channels + columns[None, :]
-        tl.store(pointers, dkept.to(drows.dtype.element_ty), visible)
+        tl.store(dweight + share, dweights[tap], columns < channels)
