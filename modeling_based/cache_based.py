@@ -176,6 +176,9 @@ class BasedCache(DynamicCache):
     ```
     """
 
+    # nobody but one call of `generate` knows the cache
+    made_by_generate = False
+
     def __init__(self, config: BasedConfig, **kwargs):
         super().__init__(config=config, **kwargs)
         self.layers = [

@@ -11,32 +11,40 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_based import RingSlidingWindowLayer
 from .configuration_based import BasedConfig
+from .hub_kernels_based import replaceable_function, with_replaceable
 
 try:
-    from geobased.kernels.gated_short_convolution import gated_short_convolution
+    from geobased.kernels.add_rms_norm import add_rms_norm
+    from geobased.kernels.gated_short_convolution import gated_short_convolution, gated_short_convolution_of_halves
+    from geobased.kernels.rotary_embedding import rotary_embedding
+    from geobased.kernels.silu_mul import silu_mul
     from geobased.kernels.sliding_window_attention import sliding_window_attention
     from geobased.kernels.taylor_linear_attention import taylor_linear_attention, taylor_linear_attention_step
 except ImportError:
+    from .add_rms_norm_reference import add_rms_norm_reference as add_rms_norm  # type: ignore[assignment]
+    from .gated_short_convolution_reference import (  # type: ignore[assignment]
+        gated_short_convolution_of_halves_reference as gated_short_convolution_of_halves,
+    )
     from .gated_short_convolution_reference import gated_short_convolution_reference as gated_short_convolution  # type: ignore[assignment]
+    from .rotary_embedding_reference import rotary_embedding_reference as rotary_embedding  # type: ignore[assignment]
+    from .silu_mul_reference import silu_mul_reference as silu_mul  # type: ignore[assignment]
     from .sliding_window_attention_reference import sliding_window_attention_reference as sliding_window_attention  # type: ignore[assignment]
     from .taylor_linear_attention_reference import taylor_linear_attention_reference as taylor_linear_attention  # type: ignore[assignment]
     from .taylor_linear_attention_reference import (  # type: ignore[assignment]
         taylor_linear_attention_step_reference as taylor_linear_attention_step,
     )
 
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rotary_pos_emb(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [batch, seq_len, heads, head_dim]; cos, sin [batch or 1, seq_len, head_dim]."""
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    # under autocast q and k are in half precision beside v, and cos and sin are not
-    return (q * cos + rotate_half(q) * sin).to(q.dtype), (k * cos + rotate_half(k) * sin).to(k.dtype)
+    # what `use_kernels=True` swaps for the Triton forms
+    taylor_linear_attention = replaceable_function("BasedTaylorLinearAttention", taylor_linear_attention)
+    taylor_linear_attention_step = replaceable_function("BasedTaylorLinearAttentionStep", taylor_linear_attention_step)
+    sliding_window_attention = replaceable_function("BasedSlidingWindowAttention", sliding_window_attention)
+    gated_short_convolution = replaceable_function("BasedGatedShortConvolution", gated_short_convolution)
+    gated_short_convolution_of_halves = replaceable_function(
+        "BasedGatedShortConvolutionOfHalves", gated_short_convolution_of_halves
+    )
+    add_rms_norm = replaceable_function("BasedAddRMSNorm", add_rms_norm)
+    rotary_embedding = replaceable_function("BasedRotaryEmbedding", rotary_embedding)
+    silu_mul = replaceable_function("BasedSiluMul", silu_mul)
 
 
 def eager_attention_forward(
@@ -58,18 +66,21 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+@with_replaceable(add_rms_norm)
 class BasedRMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # the residual may be float32 in a bfloat16 model: normalise in its precision, hand on in the model's
-        if hidden_states.dtype in (torch.float16, torch.bfloat16):
-            hidden_states = hidden_states.float()
-        weight = self.weight.to(hidden_states.dtype)
-        return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(self.weight.dtype)
+    def forward(
+        self, hidden_states: torch.Tensor, added: torch.Tensor | None = None, return_sum: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The norm of hidden_states + added in the weight's dtype, and with `return_sum` the sum as well."""
+        if added is not None:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, added.dtype))
+        normed, total = add_rms_norm(added, hidden_states, self.weight, self.eps)
+        return (normed, total) if return_sum else normed
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -123,11 +134,14 @@ def residual_output(projection: nn.Linear) -> nn.Linear:
     return projection
 
 
+@with_replaceable(gated_short_convolution, gated_short_convolution_of_halves)
 class BasedShortConvolution(nn.Conv1d):
     """The depthwise weight, with the gated convolution as its forward: hooks that fetch an offloaded weight run on a call."""
 
-    def forward(self, x: torch.Tensor, gate: torch.Tensor, **kwargs) -> torch.Tensor:  # type: ignore[override]
-        """x, gate [batch, seq_len, channels] -> silu(conv(x)) * gate."""
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None, **kwargs) -> torch.Tensor:  # type: ignore[override]
+        """x, gate [batch, seq_len, channels], or both side by side in x -> silu(conv(x)) * gate."""
+        if gate is None:
+            return gated_short_convolution_of_halves(x, self.weight.squeeze(1), **kwargs)
         return gated_short_convolution(x, gate, self.weight.squeeze(1), **kwargs)
 
 
@@ -151,18 +165,18 @@ class BasedGatedShortConvolution(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        seq_len = hidden_states.shape[1]
-        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        state = None
-        if past_key_values is not None:
-            if attention_mask is not None:  # padding must not reach the cache
-                x, attention_mask = x * attention_mask.unsqueeze(-1).to(x.dtype), None
-            inputs = past_key_values.update_conv_state(x.transpose(1, 2), self.layer_idx, conv_kernel_size=self.kernel_size)
-            state = inputs[..., : inputs.shape[-1] - seq_len]
-        y = self.conv1d(x, gate, state=state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        return self.out_proj(y), None
+        projected = self.in_proj(hidden_states)
+        if past_key_values is None:
+            return self.out_proj(self.conv1d(projected, attention_mask=attention_mask, cu_seqlens=cu_seqlens)), None
+        x, gate = projected.chunk(2, dim=-1)
+        if attention_mask is not None:  # padding must not reach the cache
+            x = x * attention_mask.unsqueeze(-1).to(x.dtype)
+        inputs = past_key_values.update_conv_state(x.transpose(1, 2), self.layer_idx, conv_kernel_size=self.kernel_size)
+        state = inputs[..., : inputs.shape[-1] - hidden_states.shape[1]]
+        return self.out_proj(self.conv1d(x, gate, state=state)), None
 
 
+@with_replaceable(taylor_linear_attention, taylor_linear_attention_step)
 class BasedTaylorLinearAttention(nn.Module):
     """Causal attention with weights 1 + s + s^2/2, s = q.k / sqrt(feature_dim): a sum over the past in a state of fixed size."""
 
@@ -204,6 +218,7 @@ class BasedTaylorLinearAttention(nn.Module):
         return self.o_proj(y.reshape(batch, seq_len, -1)), None
 
 
+@with_replaceable(rotary_embedding, sliding_window_attention)
 class BasedSlidingAttention(nn.Module):
     """Softmax attention over the last `sliding_window` tokens, with rotary embedding.
 
@@ -241,7 +256,7 @@ class BasedSlidingAttention(nn.Module):
         q, k, v = (
             proj(hidden_states).view(batch, seq_len, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        q, k = rotary_embedding(q, k, *position_embeddings)
         weights = None
         if not windowed:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -290,13 +305,17 @@ MIXER_CLASSES = {
 }
 
 
+@with_replaceable(silu_mul)
 class BasedMLP(nn.Module):
     def __init__(self, config: BasedConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = residual_output(nn.Linear(config.intermediate_size, config.hidden_size, bias=False))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.is_swiglu = config.hidden_act in ("silu", "swish")
+        # not transformers' module of SiLU, for which `use_kernels=True` would ask the Hub
+        self.act_fn = F.silu if self.is_swiglu else ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(silu_mul(gate, up) if self.is_swiglu else self.act_fn(gate) * up)

@@ -12,9 +12,10 @@ import math
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -23,13 +24,15 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_based import BasedCache, RingSlidingWindowLayer
 from .configuration_based import BasedConfig
+from .fast_generation import NotServed, fast_sample, plan_generation, release_generation_buffers
 from .input_checks import check_attention_mask, check_cache, check_input_ids, packed_boundaries, single_tokens_are_real
+from .loss_based import causal_lm_loss
 from .mixers_based import (
     MIXER_CLASSES,
     BasedMLP,
@@ -40,6 +43,10 @@ from .mixers_based import (
 )
 from .taylor_linear_attention_reference import packed_feature_count
 
+logger = logging.get_logger(__name__)
+# tokens that a prompt is read by at once: memory does not grow with its length, and the GPU is busy all the same
+PREFILL_CHUNK, PREFILL_TOKENS = 16384, 65536
+
 
 class BasedDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: BasedConfig, layer_idx: int):
@@ -49,9 +56,15 @@ class BasedDecoderLayer(GradientCheckpointingLayer):
         self.post_mixer_layernorm = BasedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = BasedMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_mixer_layernorm(hidden_states))
+    def forward(
+        self, hidden_states: torch.Tensor, added: torch.Tensor | None = None, in_two_parts: bool = False, **kwargs
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The layer of hidden_states + added; with `in_two_parts` the residual and what is still to be added to it."""
+        normed, hidden_states = self.input_layernorm(hidden_states, added, return_sum=True)
+        mixed = self.mixer(normed, **kwargs)[0]
+        normed, hidden_states = self.post_mixer_layernorm(hidden_states, mixed, return_sum=True)
+        output = self.mlp(normed)
+        return (hidden_states, output) if in_two_parts else hidden_states + output
 
 
 AUTO_MAP = {
@@ -182,9 +195,17 @@ class BasedModel(BasedPreTrainedModel):
         hidden_states = inputs_embeds
         if self.config.residual_in_fp32 and hidden_states.dtype in (torch.float16, torch.bfloat16):
             hidden_states = hidden_states.float()
+        # each layer's sum is taken by the next one's norm, in one pass, unless a hook (or a layer that somebody put in a
+        # layer's place) wants to see whole hidden states
+        in_two_parts = all(isinstance(layer, BasedDecoderLayer) for layer in self.layers) and not any(
+            module._forward_hooks or module._forward_pre_hooks for module in (*self.layers, self.norm)
+        )
+        added = None
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(
+            output = layer(
                 hidden_states,
+                added,
+                in_two_parts,
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -193,9 +214,10 @@ class BasedModel(BasedPreTrainedModel):
                 windowed=windowed,
                 **kwargs,
             )
+            hidden_states, added = output if in_two_parts else (output, None)
         if isinstance(past_key_values, BasedCache):
             past_key_values.count_tokens(seq_len)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states, added), past_key_values=past_key_values)
 
     def _masks(
         self,
@@ -272,6 +294,10 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
 
+    # on CUDA `generate` runs whole steps as CUDA graphs where it can (fast_generation.py); False: transformers' loop always.
+    # "eager" runs the same steps without graphs on any device, for tests.
+    fast_generation: bool | str = True
+
     def __init__(self, config: BasedConfig):
         super().__init__(config)
         self.model = BasedModel(config)
@@ -296,6 +322,10 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
 
         `logits_to_keep`: only the last so many positions get logits (0: all), or a tensor of positions.
         """
+        if labels is not None and self.training and use_cache is None and past_key_values is None:
+            use_cache = False  # nobody goes on from a training step: no states, no copies of keys
+        if labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1 and inputs_embeds is None:
+            input_ids, position_ids = self._read_ahead(input_ids, attention_mask, position_ids, past_key_values, kwargs)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -309,7 +339,9 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            # transformers' own, as long as nobody chose another one, in a form that takes less memory
+            loss_function = causal_lm_loss if self.loss_function is ForCausalLMLoss else self.loss_function
+            loss = loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -318,8 +350,81 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _read_ahead(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict,
+    ) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
+        """Reads all but the last chunk of a long prompt into the cache -> the input_ids and position_ids that are left."""
+        if input_ids is None or input_ids.dim() != 2 or torch.is_grad_enabled() or is_torchdynamo_compiling():
+            return input_ids, position_ids
+        (batch, seq_len), cache = input_ids.shape, past_key_values
+        chunk = max(1, min(PREFILL_CHUNK, PREFILL_TOKENS // max(batch, 1)))
+        records = ("output_attentions", "output_hidden_states")
+        recorded = any(kwargs.get(name) or getattr(self.config, name, False) for name in records)
+        plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
+        fits = type(cache) is BasedCache and self.config._attn_implementation == "sdpa" and kwargs.get("cu_seq_lens_q") is None
+        if seq_len <= chunk or recorded or not plain or not fits:
+            return input_ids, position_ids
+        assert isinstance(cache, BasedCache)
+        check_input_ids(input_ids, self.config.vocab_size)
+        past_length = cache.get_seq_length()
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, batch, past_length, seq_len, True)
+        start = 0
+        while seq_len - start > chunk:
+            end = start + chunk
+            self.model(
+                input_ids=input_ids[:, start:end],
+                attention_mask=None if attention_mask is None else attention_mask[:, : past_length + end],
+                position_ids=None if position_ids is None else position_ids[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            start = end
+        return input_ids[:, start:], None if position_ids is None else position_ids[:, start:]  # type: ignore[return-value]
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """Greedy decoding and sampling, as CUDA graphs where they can serve the call (see `fast_generation`)."""
+        try:
+            plan = plan_generation(
+                self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs
+            )
+            return fast_sample(self, input_ids, generation_config, plan, streamer, model_kwargs)
+        except NotServed as reason:
+            logger.info(f"transformers' ordinary loop serves this call of generate: {reason}")
+        return super()._sample(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+
+    def _apply(self, fn, recurse=True):
+        release_generation_buffers(self)  # `.to()` and the like move the weights away from where the graphs read them
+        return super()._apply(fn, recurse)
+
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """transformers' `generate`, with a [`BasedCache`] by default and padded vocabulary ids never picked."""
+        """transformers' `generate`, with a [`BasedCache`] by default and padded vocabulary ids never picked.
+
+        On CUDA greedy decoding and sampling run as CUDA graphs, without any flag; `model.fast_generation = False` switches
+        that off. Both ways give the same tokens, up to rounding.
+        """
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         if prompt is not None:
             check_input_ids(prompt, self.config.vocab_size, on_any_device=True)
@@ -337,7 +442,10 @@ class BasedForCausalLM(BasedPreTrainedModel, GenerationMixin):
         wants_default = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
         if wants_default and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = BasedCache(self.config)
+            model_kwargs["past_key_values"].made_by_generate = True
             return
+        if isinstance(model_kwargs.get("past_key_values"), BasedCache):  # the caller's, although generate may once have made it
+            model_kwargs["past_key_values"].made_by_generate = False
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:

@@ -1,13 +1,14 @@
 """Keeps the copies of the plain PyTorch twins in modeling_based/ identical to their source in the kernels' folder.
 
-A saved model must load where geobased is not installed, so the modeling folder carries the twins as flat siblings. The
-kernels' folder is the source:
+A saved model must load where geobased is not installed, so the modeling folder carries the twins that it imports as flat
+siblings. The kernels' folder is the source:
 
     python scripts/sync_twins.py           # copy what differs
     python scripts/sync_twins.py --check   # only tell; exit status 1 if something differs
 """
 
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,8 +20,14 @@ SHARED_FILES = ("without_autocast.py",)  # what the twins import
 
 
 def twin_names() -> list[str]:
-    """Files that must be the same in both folders."""
-    return sorted([path.name for path in SOURCE.glob("*_reference.py")] + list(SHARED_FILES))
+    """Files that must be the same in both folders: what the models import, and what that imports."""
+    names = set(SHARED_FILES)
+    texts = [path.read_text(encoding="utf-8") for path in COPIES.glob("*.py") if not path.name.endswith("_reference.py")]
+    while texts:
+        found = {f"{module}.py" for module in re.findall(r"from \.(\w+_reference) import", texts.pop())} - names
+        names |= found
+        texts += [(SOURCE / name).read_text(encoding="utf-8") for name in found]
+    return sorted(names)
 
 
 def differences() -> list[str]:
@@ -35,6 +42,8 @@ def differences() -> list[str]:
     for copy in sorted(COPIES.glob("*_reference.py")):
         if not (SOURCE / copy.name).is_file():
             lines.append(f"{copy.relative_to(ROOT)} has no source in {SOURCE.relative_to(ROOT)}")
+        elif copy.name not in twin_names():
+            lines.append(f"{copy.relative_to(ROOT)} is imported by no model: delete it")
     return lines
 
 
