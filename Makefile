@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports twins format test test-gpu bench docs sync-twins wheel clean packages
+.PHONY: help check lint types imports twins format test test-gpu bench docs sync-twins wheel hub-kernel clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -38,8 +38,9 @@ test:  ## the tests, on the CPU (kernels run in Triton's interpreter); ARGS=… 
 test-gpu:  ## kernel and model tests on a CUDA device, one process
 	$(PYTHON) -m pytest -m "gpu or not gpu" tests/kernels tests/modeling_based $(ARGS)
 
-bench:  ## run every benchmark on this GPU and write benchmarks/results/<gpu>/
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(PYTHON) $$script $(ARGS) || exit 1; done
+BENCHMARKS = attention_kernels decode generation training
+bench:  ## run every benchmark on this GPU and write benchmarks/results/<gpu>/; ARGS=--quick for few sizes
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(PYTHON) benchmarks/$$name.py $(ARGS) || exit 1; done
 
 docs:  ## check the links of all Markdown files
 	$(PYTHON) scripts/check_links.py
@@ -47,6 +48,9 @@ docs:  ## check the links of all Markdown files
 wheel:  ## build dist/*.whl and dist/*.tar.gz
 	rm -rf build dist
 	$(PYTHON) -m build
+
+hub-kernel:  ## lay the kernels out for upload to the Hub, under build/geobased-kernels
+	$(PYTHON) scripts/build_hub_kernel.py
 
 packages:
 	@$(PYTHON) scripts/link_packages.py

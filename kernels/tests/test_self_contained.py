@@ -63,3 +63,20 @@ def test_build_file_names_the_folder():
     build = tomllib.loads((KERNELS / "build.toml").read_text(encoding="utf-8"))
     assert build["general"]["name"].replace("-", "_") == FOLDER.name
     assert "torch-noarch" in build
+
+
+def test_ops_load_on_first_use():
+    script = """
+import sys
+import geobased.kernels as kernels
+
+op = kernels.taylor_linear_attention
+assert op.__name__ == "geobased.kernels.taylor_linear_attention" and callable(op.taylor_linear_attention)
+assert {"flash_attention", "layers", "silu_mul"} <= set(kernels.__all__) <= set(dir(kernels))
+assert not any(name.endswith("_triton") for name in kernels.__all__)
+assert not hasattr(kernels, "no_such_op")
+print(*[name for name in sys.modules if name.startswith("geobased.kernels.") and name.endswith("_triton")])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=FOLDER.parent)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""
