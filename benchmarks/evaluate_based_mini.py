@@ -1,7 +1,7 @@
 """Every number of the based-mini model card, for the model and its two twins of equal size, and the card itself.
 
     python benchmarks/evaluate_based_mini.py --runs runs/based-mini --wikitext wikitext2_test.txt \
-        --results benchmarks/results/nvidia-h200/based_mini.json --checkpoint checkpoints/based-mini
+        --results benchmarks/results/h200/based_mini.json --checkpoint checkpoints/based-mini
 
 Measures recall of held-out places (overall, by field, by distance, and without the records), perplexity on the WikiText-2
 test text and on documents of held-out places, and the size of the generation state. Writes the JSON, a plot beside it, and,

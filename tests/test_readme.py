@@ -80,9 +80,13 @@ def test_memory_table_is_what_the_script_prints():
     assert result.stdout.strip() == shown.strip()
 
 
-def test_performance_page_is_what_the_script_prints():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- tables -->\n(.*?)\n<!-- end of tables -->", page, re.DOTALL).group(1)
+@pytest.mark.parametrize(
+    ("document", "name", "options"),
+    [("docs/performance.md", "tables", []), ("README.md", "speed table", ["--headlines"])],
+)
+def test_measured_times_are_what_the_script_prints(document, name, options):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL).group(1)
     script = ROOT / "scripts" / "performance_tables.py"
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == shown.strip()
