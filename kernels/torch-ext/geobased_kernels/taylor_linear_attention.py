@@ -170,7 +170,7 @@ def _attention(
     eps: float,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> y like v, the final state (empty unless asked for), and the denominators, float32 [batch, seq_len, heads]."""
+    """-> y like v, the final state (empty unless asked for), and the denominators, float32 [heads, batch, seq_len]."""
     from . import taylor_linear_attention_forward_triton
 
     y, final_state, den = taylor_linear_attention_forward_triton.forward(
@@ -181,10 +181,14 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, attention_mask, initial_state, cu_seqlens, scale, eps, output_final_state):
-    batch, _, heads, feature_dim = q.shape
+    batch, seq_len, heads, feature_dim = q.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_shape = (sequences, heads, packed_feature_count(feature_dim), v.shape[-1] + 1) if output_final_state else (0,)
-    return v.new_empty(v.shape), v.new_empty(state_shape, dtype=torch.float32), v.new_empty(v.shape[:3], dtype=torch.float32)
+    return (
+        v.new_empty(v.shape),
+        v.new_empty(state_shape, dtype=torch.float32),
+        v.new_empty((heads, batch, seq_len), dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("geobased::taylor_linear_attention_backward", mutates_args=())

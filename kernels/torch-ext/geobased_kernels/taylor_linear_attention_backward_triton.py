@@ -34,8 +34,8 @@ def delta_kernel(
     dy_ptr,
     den_ptr,
     u_ptr,  # out [tokens, heads, DV]: dy / den
-    delta_ptr,  # out [tokens, heads]: -u.y
-    n_rows,
+    delta_ptr,  # out [heads, tokens]: -u.y
+    n_tokens,
     heads,
     dy_stride,
     dy_head_stride,
@@ -43,17 +43,16 @@ def delta_kernel(
     DV_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (token, head) pairs
+    head = (tl.program_id(0) % heads).to(tl.int64)  # the heads of a token lie together in memory
+    tokens = (tl.program_id(0) // heads).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, DV_PAD)
-    exists = rows < n_rows
-    y = load_rows(y_ptr, rows, DV, n_rows, columns, DV, DV_PAD, True).to(tl.float32)
-    offsets = rows // heads * dy_stride + rows % heads * dy_head_stride
-    mask = exists[:, None] & (columns[None, :] < DV)
-    dy = tl.load(dy_ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    u = (dy / tl.load(den_ptr + rows, mask=exists, other=1.0)[:, None]).to(u_ptr.dtype.element_ty)
-    store_rows(u_ptr, rows, DV, n_rows, columns, u, DV, DV_PAD)
+    y = load_rows(y_ptr + head * DV, tokens, heads * DV, n_tokens, columns, DV, DV_PAD, True).to(tl.float32)
+    dy = load_rows(dy_ptr + head * dy_head_stride, tokens, dy_stride, n_tokens, columns, DV, DV_PAD, True).to(tl.float32)
+    den = tl.load(den_ptr + head * n_tokens + tokens, mask=tokens < n_tokens, other=1.0)
+    u = (dy / den[:, None]).to(u_ptr.dtype.element_ty)
+    store_rows(u_ptr + head * DV, tokens, heads * DV, n_tokens, columns, u, DV, DV_PAD)
     u = u.to(tl.float32)  # rounded: u.v_j + delta cancels, and its two terms must hold the same u
-    tl.store(delta_ptr + rows, -tl.sum(u * y, axis=1), mask=exists)
+    tl.store(delta_ptr + head * n_tokens + tokens, -tl.sum(u * y, axis=1), mask=tokens < n_tokens)
 
 
 @triton.jit
@@ -153,6 +152,7 @@ def dq_kernel(
     k_head_stride,
     v_stride,
     v_head_stride,
+    n_tokens,
     scale,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -182,12 +182,12 @@ def dq_kernel(
     k_ptr += base * k_stride + head.to(tl.int64) * k_head_stride
     v_ptr += base * v_stride + head.to(tl.int64) * v_head_stride
     u_ptr += (base * heads + head) * DV
-    delta_ptr += base * heads + head
+    delta_ptr += head.to(tl.int64) * n_tokens + base
     dq_ptr += (base * heads + head) * D
     tokens = tile + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, tokens, q_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
     u = load_rows(u_ptr, tokens, heads * DV, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
-    delta = tl.load(delta_ptr + tokens * heads, mask=tokens < length, other=0.0)
+    delta = tl.load(delta_ptr + tokens, mask=tokens < length, other=0.0)
     dq = tl.zeros([BLOCK_M, D_PAD], dtype=tl.float32)
     for key_tile in tl.range(0, tile, BLOCK_N, num_stages=NUM_STAGES):
         dq = add_keys_to_dq(
@@ -250,7 +250,7 @@ def add_queries_to_dkv(
     """dk / scale and dv plus what a tile of queries adds; a query that does not exist has u = delta = 0."""
     q = load_rows(q_ptr, tokens, q_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
     u = load_rows(u_ptr, tokens, heads * DV, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
-    delta = tl.load(delta_ptr + tokens * heads, mask=tokens < length, other=0.0)
+    delta = tl.load(delta_ptr + tokens, mask=tokens < length, other=0.0)
     x = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, tokens]
     a = 1.0 + x * (scale + 0.5 * scale * scale * x)
     if DIAGONAL:
@@ -323,6 +323,7 @@ def dkv_kernel(
     k_head_stride,
     v_stride,
     v_head_stride,
+    n_tokens,
     scale,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -352,7 +353,7 @@ def dkv_kernel(
     k_ptr += base * k_stride + head.to(tl.int64) * k_head_stride
     v_ptr += base * v_stride + head.to(tl.int64) * v_head_stride
     u_ptr += (base * heads + head) * DV
-    delta_ptr += base * heads + head
+    delta_ptr += head.to(tl.int64) * n_tokens + base
     dk_ptr += (base * heads + head) * D
     dv_ptr += (base * heads + head) * DV
     if keep_ptr is not None:
@@ -425,7 +426,7 @@ def backward(
         tables = feature_tables(feature_dim, scale, q.device, q.dtype)
         k, v, keep = without_padding(k, v, attention_mask)
         q, k, v, dy = (flatten_tokens(x) for x in (q, k, v, dy))
-        n_rows = batch * seq_len * heads
+        n_tokens = batch * seq_len
         options = block_options(feature_dim, head_dim, q.dtype)
         # dy / den of a long sequence can be below the smallest float16
         u = torch.empty(
@@ -433,13 +434,13 @@ def backward(
         )
         delta = torch.empty_like(den)
         launch = launch_options("delta", q.dtype, feature_dim, head_dim)
-        delta_kernel[(triton.cdiv(n_rows, launch["BLOCK_M"]),)](
-            y, dy, den, u, delta, n_rows, heads, dy.stride(0), dy.stride(1), DV=head_dim, DV_PAD=options["DV_PAD"], **launch
+        delta_kernel[(triton.cdiv(n_tokens, launch["BLOCK_M"]) * heads,)](
+            y, dy, den, u, delta, n_tokens, heads, dy.stride(0), dy.stride(1), DV=head_dim, DV_PAD=options["DV_PAD"], **launch
         )
 
         arguments = (
             *(chunks.table, tables.first, tables.second, tables.select),
-            *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale),
+            *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), n_tokens, scale),
         )
         states = norms = None
         if chunks.several or initial_state is not None:
@@ -454,7 +455,7 @@ def backward(
         if chunks.several or dfinal_state is not None or need_dinitial_state:
             states, norms, dinitial_state = running_states(
                 q, u, chunks, tables,
-                extra=delta.flatten(0, 1), seed=dfinal_state, need_total=need_dinitial_state, reverse=True, input_dtype=q.dtype,
+                extra=delta.flatten(1).T, seed=dfinal_state, need_total=need_dinitial_state, reverse=True, input_dtype=q.dtype,
             )  # fmt: skip
         if not (chunks.several or dfinal_state is not None):
             states = norms = None

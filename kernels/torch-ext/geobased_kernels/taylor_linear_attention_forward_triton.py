@@ -153,7 +153,7 @@ def output_kernel(
     states_ptr,  # [chunks, heads, P_PAD, DV]: the state before each chunk, or None
     norms_ptr,
     y_ptr,  # out [tokens, heads, DV]
-    den_ptr,  # out [tokens, heads]
+    den_ptr,  # out [heads, n_tokens]
     chunks_ptr,
     first_ptr,
     second_ptr,
@@ -164,6 +164,7 @@ def output_kernel(
     k_head_stride,
     v_stride,
     v_head_stride,
+    n_tokens,
     scale,
     eps,
     D: tl.constexpr,
@@ -195,7 +196,7 @@ def output_kernel(
     k_ptr += base * k_stride + head.to(tl.int64) * k_head_stride
     v_ptr += base * v_stride + head.to(tl.int64) * v_head_stride
     y_ptr += (base * heads + head) * DV
-    den_ptr += base * heads + head
+    den_ptr += head.to(tl.int64) * n_tokens + base
     if keep_ptr is not None:
         keep_ptr += base
     tokens = tile + tl.arange(0, BLOCK_M)
@@ -235,7 +236,7 @@ def output_kernel(
         )  # fmt: skip
     den += eps
     store_rows(y_ptr, tokens, heads * DV, length, tl.arange(0, DV_PAD), acc / den[:, None], DV, DV_PAD)
-    tl.store(den_ptr + tokens * heads, den, mask=tokens < length)
+    tl.store(den_ptr + tokens, den, mask=tokens < length)
 
 
 def forward(
@@ -249,11 +250,11 @@ def forward(
     eps: float,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """y like v, the final state or None, and the denominators [batch, seq_len, heads], kept for the backward pass."""
+    """y like v, the final state or None, and the denominators [heads, batch, seq_len], kept for the backward pass."""
     batch, seq_len, heads, feature_dim = q.shape
     head_dim = v.shape[-1]
     y = v.new_empty(v.shape)
-    den = v.new_empty(batch, seq_len, heads, dtype=torch.float32)
+    den = v.new_empty(heads, batch, seq_len, dtype=torch.float32)  # tokens last: a tile of one head is read and written whole
     with torch.cuda.device_of(q):
         chunks = make_chunks(batch, seq_len, cu_seqlens, CHUNK, q.device)
         tables = feature_tables(feature_dim, scale, q.device, q.dtype)
@@ -270,7 +271,7 @@ def forward(
         launch = launch_options("output", q.dtype, feature_dim, head_dim)
         output_kernel[(chunks.count * (chunks.size // launch["BLOCK_M"]), heads)](
             q, k, v, keep, states, norms, y, den, chunks.table, tables.first, tables.second, tables.select,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale, eps,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), batch * seq_len, scale, eps,
             CHUNK=chunks.size, SEEDED=seeded, **block_options(feature_dim, head_dim, q.dtype), **launch,
         )  # fmt: skip
     return y, final_state, den

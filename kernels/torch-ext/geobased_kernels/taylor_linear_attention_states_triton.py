@@ -360,7 +360,7 @@ def state_kernel(
     x_ptr += head.to(tl.int64) * x_head_stride
     value_ptr += head.to(tl.int64) * value_head_stride
     if extra_ptr is not None:
-        extra_ptr += head * extra_head_stride
+        extra_ptr += head.to(tl.int64) * extra_head_stride
 
     first_chunk = index
     count = 1
