@@ -392,6 +392,9 @@ def main() -> None:
     ceilings, peers, rows = measure_ceilings(), Peers(), []
     print(f"{device_name()}: copy {ceilings.copy_tb_per_s:.2f} TB/s, matmul {ceilings.matmul_tflop_per_s:.0f} TFLOP/s")
 
+    partial = quick or bool(arguments.only)
+    folder = Path(arguments.output) if arguments.output else None if partial else results_folder()
+
     def add(name: str, case: Callable[[], Rows]) -> None:
         if name in wanted:
             start = time.perf_counter()
@@ -401,6 +404,8 @@ def main() -> None:
             print_table(found)
             print(f"  ({name}: {time.perf_counter() - start:.0f} s with compilation)", flush=True)
             rows.extend(found)
+            if folder is not None:
+                write_results("attention_kernels", rows, folder, ceilings=ceilings.as_dict(), absent=peers.absent)
 
     for seq_len in (2048, 65536) if quick else (1024, 2048, 4096, 8192, 16384, 32768, 65536):
         for head_dim in (64,) if quick else (64, 112):
@@ -412,10 +417,9 @@ def main() -> None:
     add("flash_attention", functools.partial(flash_case, ceilings))
     add("gated_short_convolution", functools.partial(convolution_case, ceilings))
     peers.report()
-    if (quick or arguments.only) and not arguments.output:
+    if folder is None:
         print("not written: a part of the cases (--output FOLDER writes it anyway)")
         return
-    folder = Path(arguments.output) if arguments.output else results_folder()
     path = write_results("attention_kernels", rows, folder, ceilings=ceilings.as_dict(), absent=peers.absent)
     print("written to", *[path, *plots(rows, folder)])
 

@@ -337,15 +337,17 @@ def main() -> int:
     started = time.perf_counter()
     ceilings = measure_ceilings()
     rows: Rows = []
+    folder = arguments.output or results_folder()
     with torch.inference_mode():
         for name, group in cases(ceilings, arguments.quick).items():
             if arguments.only is None or name in arguments.only:
                 for case in group:
-                    rows += case()
+                    found = case()
+                    print_table(found)
+                    rows += found
+                    write_results("decode", rows, folder, ceilings=ceilings.as_dict())
                     torch.cuda.empty_cache()
-    print_table(rows)
     print_shares(rows)
-    folder = arguments.output or results_folder()
     print(write_results("decode", rows, folder, ceilings=ceilings.as_dict()))
     if not arguments.quick and arguments.only is None:
         print(plot(rows, folder))

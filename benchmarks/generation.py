@@ -183,7 +183,12 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def run(cases: dict[str, dict[str, dict[int, int]]], ceilings: Ceilings, peers: Peers) -> list[dict[str, Any]]:
+def run(
+    cases: dict[str, dict[str, dict[int, int]]],
+    ceilings: Ceilings,
+    peers: Peers,
+    save: Callable[[list[dict[str, Any]]], Any] = lambda rows: None,
+) -> list[dict[str, Any]]:
     check_tokens()
     rows = []
     for implementation, sizes in cases.items():
@@ -219,6 +224,7 @@ def run(cases: dict[str, dict[str, dict[int, int]]], ceilings: Ceilings, peers: 
                         )
                     )
                     print_table(rows[-1:])
+                    save(rows)
                     torch.cuda.empty_cache()
             except Exception as problem:  # a peer that fails must not take the others with it
                 if implementation == OURS:
@@ -241,14 +247,18 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     ceilings, peers = measure_ceilings(), Peers()
-    rows = run(QUICK if arguments.quick else FULL, ceilings, peers)
+    folder = Path(arguments.output) if arguments.output else results_folder()
+
+    def save(rows: list[dict[str, Any]]) -> Path:
+        return write_results("generation", rows, folder, ceilings=ceilings.as_dict(), absent=peers.absent)
+
+    rows = run(QUICK if arguments.quick else FULL, ceilings, peers, save)
     for r in rows:
         case = f"{r['case']['model']} batch {r['case']['batch_size']:<5d}{r['implementation']:30s}"
         ratio = r.get("times_slower_than_geobased")
         print(f"{case}{r['tokens_per_second']:10,.0f} tokens/s{'' if ratio is None else f'  {ratio:6.2f}x the time of ours'}")
     peers.report()
-    folder = Path(arguments.output) if arguments.output else results_folder()
-    print(write_results("generation", rows, folder, ceilings=ceilings.as_dict(), absent=peers.absent))
+    print(save(rows))
     large = [r for r in rows if r["case"]["model"] == "1.3b"]
     series: dict[str, list[tuple[float, float]]] = {}
     for r in large:

@@ -95,6 +95,8 @@ def row(
 def write_results(name: str, rows: list[dict[str, Any]], folder: str | Path | None = None, **extra: Any) -> Path:
     """Writes the rows with device, versions and date to `<folder>/<name>.json`, and returns the path.
 
+    Benchmarks call it after every case, so that a run that is cut short keeps what it has measured.
+
     Args:
         folder: default `benchmarks/results/<gpu>`.
         extra: further keys of the file, for instance `ceilings={…}` or `absent={"flash-attn": "not installed"}`.
@@ -109,7 +111,9 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: str | Path | No
         "rows": rows,
     }
     path = target / f"{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 

@@ -123,7 +123,12 @@ def check_against_plain_form() -> float:
     return error
 
 
-def run(sizes: tuple[str, ...], implementations: list[str], steps: int) -> list[dict[str, Any]]:
+def run(
+    sizes: tuple[str, ...],
+    implementations: list[str],
+    steps: int,
+    save: Callable[[list[dict[str, Any]]], Any] = lambda rows: None,
+) -> list[dict[str, Any]]:
     error = check_against_plain_form()
     rows = []
     for size in sizes:
@@ -147,6 +152,8 @@ def run(sizes: tuple[str, ...], implementations: list[str], steps: int) -> list[
                         parameters=parameters[implementation],
                     )
                 )
+                print_table(rows[-1:])
+                save(rows)
                 del model
                 torch._dynamo.reset()
                 gc.collect()
@@ -168,14 +175,17 @@ def main() -> None:
     parser.add_argument("--output", help="folder of the results (default: benchmarks/results/<gpu>)")
     arguments = parser.parse_args()
     implementations = ["geobased", LLAMA] + (["geobased, torch.compile"] if arguments.compile else [])
-    rows = run(("360m",) if arguments.quick else ("360m", "1.3b"), implementations, 5 if arguments.quick else 15)
-    print_table(rows)
+    folder = Path(arguments.output) if arguments.output else results_folder()
+
+    def save(rows: list[dict[str, Any]]) -> Path:
+        return write_results("training", rows, folder)
+
+    rows = run(("360m",) if arguments.quick else ("360m", "1.3b"), implementations, 5 if arguments.quick else 15, save)
     for r in rows:
         case = f"{r['case']['model']:5s} T={r['case']['seq_len']:<6d} {r['implementation']:26s}"
         speed, memory = r["speed_relative_to_llama"], r["memory_relative_to_llama"]
         print(f"{case} {r['tokens_per_second']:9,.0f} tokens/s  {speed:5.2f}x Llama's speed  {memory:4.0%} of its memory")
-    folder = Path(arguments.output) if arguments.output else results_folder()
-    print(write_results("training", rows, folder))
+    print(save(rows))
     groups = list(dict.fromkeys((r["case"]["model"], r["case"]["seq_len"]) for r in rows))
     speeds = {(r["implementation"], r["case"]["model"], r["case"]["seq_len"]): r["tokens_per_second"] for r in rows}
     print(
