@@ -11,6 +11,7 @@ import torch
 
 from .add_rms_norm_reference import add_rms_norm_reference
 from .backend import resolve_backend, without_triton
+from .direct_call import direct_call
 
 MAX_TRITON_HIDDEN = 16384
 
@@ -47,10 +48,10 @@ def add_rms_norm(
     if x is None:
         if torch.is_grad_enabled() and residual.requires_grad and not torch.compiler.is_compiling():
             return _RMSNormBesideResidual.apply(residual, weight, eps)[:2]
-        return _rms_norm(residual, weight, eps)[0], residual
+        return _run_norm(residual, weight, eps)[0], residual
     if inplace:
         return _add_rms_norm_(x, residual, weight, eps), residual
-    normed, new_residual, _ = _add_rms_norm(x, residual, weight, eps)
+    normed, new_residual, _ = _run_add(x, residual, weight, eps)
     return normed, new_residual
 
 
@@ -162,7 +163,7 @@ def _gradients(dnormed, dnew_residual, saved, x_dtype=None):
     if dnormed is None:
         return None if dnew_residual is None else dnew_residual.to(x_dtype), dnew_residual, None
     cast_to = None if x_dtype == new_residual.dtype else x_dtype
-    dresidual, dx, dweight = _add_rms_norm_backward(dnormed, dnew_residual, new_residual, weight, reciprocal, cast_to)
+    dresidual, dx, dweight = _run_backward(dnormed, dnew_residual, new_residual, weight, reciprocal, cast_to)
     return dresidual if cast_to is None else dx, dresidual, dweight
 
 
@@ -189,6 +190,9 @@ def _norm_backward(ctx, dnormed, _):
 
 _add_rms_norm.register_autograd(_add_backward, setup_context=_setup_add_context)
 _rms_norm.register_autograd(_norm_backward, setup_context=_setup_norm_context)
+_run_add = direct_call(_add_rms_norm, _setup_add_context, _add_backward)
+_run_norm = direct_call(_rms_norm, _setup_norm_context, _norm_backward)
+_run_backward = direct_call(_add_rms_norm_backward)
 
 
 class _RMSNormBesideResidual(torch.autograd.Function):
@@ -197,7 +201,7 @@ class _RMSNormBesideResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(residual, weight, eps):
-        normed, reciprocal = _rms_norm(residual, weight, eps)
+        normed, reciprocal = _run_norm(residual, weight, eps)
         return normed, residual.view_as(residual), reciprocal  # a view: an input returned as it is cannot be saved
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 
 from .backend import resolve_backend
 from .cross_entropy_reference import cross_entropy_reference
+from .direct_call import direct_call
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = -100, backend: str = "auto") -> torch.Tensor:
@@ -39,7 +40,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, *, ignore_index: i
         raise ValueError(f"logits are on {logits.device} and labels on {labels.device}: move them to one device")
     if logits.numel() == 0 or resolve_backend(backend, logits) == "torch":
         return cross_entropy_reference(logits, labels, ignore_index=ignore_index)
-    return _cross_entropy(logits, labels, ignore_index)[0]
+    return _run(logits, labels, ignore_index)[0]
 
 
 @torch.library.custom_op("geobased::cross_entropy", mutates_args=())
@@ -76,7 +77,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dlosses, _):
-    return _cross_entropy_backward(dlosses, *ctx.saved_tensors, ctx.ignore_index), None, None
+    return _run_backward(dlosses, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
 _cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+_run = direct_call(_cross_entropy, _setup_context, _backward)
+_run_backward = direct_call(_cross_entropy_backward)

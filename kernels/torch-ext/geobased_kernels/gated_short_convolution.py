@@ -8,6 +8,7 @@ The mixer of BASED's short-range layers, between its two projections.
 import torch
 
 from .backend import resolve_backend, without_triton
+from .direct_call import direct_call
 from .gated_short_convolution_reference import gated_short_convolution_reference
 from .packed_sequences import check_cu_seqlens, sequence_bounds
 
@@ -49,7 +50,7 @@ def gated_short_convolution(
         )
     token_mask = None if attention_mask is None else attention_mask.to(x.device).ne(0)
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens.to(x.device), x.shape[1])
-    return _convolution(x, gate, weight, state, token_mask, bounds)
+    return _run(x, gate, weight, state, token_mask, bounds)
 
 
 def gated_short_convolution_of_halves(
@@ -79,7 +80,7 @@ def gated_short_convolution_of_halves(
         return gated_short_convolution_reference(x, gate, weight, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
     token_mask = None if attention_mask is None else attention_mask.to(x.device).ne(0)
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens.to(x.device), x.shape[1])
-    return _convolution_of_halves(halves, weight, token_mask, bounds)
+    return _run_of_halves(halves, weight, token_mask, bounds)
 
 
 def _resolve_backend(backend: str, x: torch.Tensor, weight: torch.Tensor) -> str:
@@ -173,11 +174,13 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy):
     state = ctx.saved_tensors[3]
-    *gradients, dstate = _convolution_backward(dy, *ctx.saved_tensors)
+    *gradients, dstate = _run_backward(dy, *ctx.saved_tensors)
     return *gradients, None if state is None else dstate, None, None
 
 
 _convolution.register_autograd(_backward, setup_context=_setup_context)
+_run = direct_call(_convolution, _setup_context, _backward)
+_run_backward = direct_call(_convolution_backward)
 
 
 @torch.library.custom_op("geobased::gated_short_convolution_of_halves", mutates_args=())
@@ -224,7 +227,9 @@ def _setup_context_of_halves(ctx, inputs, output) -> None:
 
 
 def _backward_of_halves(ctx, dy):
-    return *_convolution_of_halves_backward(dy, *ctx.saved_tensors), None, None
+    return *_run_backward_of_halves(dy, *ctx.saved_tensors), None, None
 
 
 _convolution_of_halves.register_autograd(_backward_of_halves, setup_context=_setup_context_of_halves)
+_run_of_halves = direct_call(_convolution_of_halves, _setup_context_of_halves, _backward_of_halves)
+_run_backward_of_halves = direct_call(_convolution_of_halves_backward)

@@ -8,6 +8,7 @@ Nothing is saved for the backward pass but cos and sin: it is the transposed tur
 import torch
 
 from .backend import resolve_backend
+from .direct_call import direct_call
 from .rotary_embedding_reference import rotary_embedding_reference
 
 
@@ -45,7 +46,7 @@ def rotary_embedding(
     cos, sin = cos.detach(), sin.detach()
     if q.numel() == 0 or resolve_backend(backend, q) == "torch":
         return rotary_embedding_reference(q, k, cos, sin)
-    return _turn(q, k, cos, sin, False)
+    return _run(q, k, cos, sin, False)
 
 
 @torch.library.custom_op("geobased::rotary_embedding", mutates_args=())
@@ -69,7 +70,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dq, dk):
-    return *_turn(dq, dk, *ctx.saved_tensors, not ctx.transposed), None, None, None
+    return *_run(dq, dk, *ctx.saved_tensors, not ctx.transposed), None, None, None
 
 
 _turn.register_autograd(_backward, setup_context=_setup_context)
+_run = direct_call(_turn, _setup_context, _backward)

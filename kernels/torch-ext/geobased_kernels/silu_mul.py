@@ -6,6 +6,7 @@ The middle of a SwiGLU MLP. Only gate and up are saved for the backward pass, wh
 import torch
 
 from .backend import resolve_backend
+from .direct_call import direct_call
 from .silu_mul_reference import silu_mul_reference
 
 
@@ -33,7 +34,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, *, backend: str = "auto") -> 
         gate, up = gate.to(dtype), up.to(dtype)
     if gate.numel() == 0 or resolve_backend(backend, gate) == "torch":
         return silu_mul_reference(gate, up)
-    return _silu_mul(gate, up)
+    return _run(gate, up)
 
 
 @torch.library.custom_op("geobased::silu_mul", mutates_args=())
@@ -66,7 +67,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy):
-    return _silu_mul_backward(dy, *ctx.saved_tensors)
+    return _run_backward(dy, *ctx.saved_tensors)
 
 
 _silu_mul.register_autograd(_backward, setup_context=_setup_context)
+_run = direct_call(_silu_mul, _setup_context, _backward)
+_run_backward = direct_call(_silu_mul_backward)

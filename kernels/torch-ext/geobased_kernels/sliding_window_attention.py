@@ -9,6 +9,7 @@ applied before, to q and k.
 import torch
 
 from .backend import resolve_backend, without_triton
+from .direct_call import direct_call
 from .flash_attention import check_heads
 from .packed_sequences import check_cu_seqlens, sequence_bounds
 from .sliding_window_attention_reference import sliding_window_attention_reference
@@ -60,7 +61,7 @@ def sliding_window_attention(
     key_mask = None if attention_mask is None else attention_mask.to(q.device).ne(0)
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens.to(q.device), q.shape[1])
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _attention(q, k, v, window, softmax_scale, key_mask, bounds)[0]
+    return _run(q, k, v, window, softmax_scale, key_mask, bounds)[0]
 
 
 def _resolve_backend(backend: str, q: torch.Tensor) -> str:
@@ -145,8 +146,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy, _):
     q, k, v, y, logsumexp, key_mask, bounds = ctx.saved_tensors
-    gradients = _attention_backward(dy, q, k, v, y, logsumexp, ctx.window, ctx.softmax_scale, key_mask, bounds)
+    gradients = _run_backward(dy, q, k, v, y, logsumexp, ctx.window, ctx.softmax_scale, key_mask, bounds)
     return *gradients, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
+_run = direct_call(_attention, _setup_context, _backward)
+_run_backward = direct_call(_attention_backward)

@@ -9,6 +9,7 @@ P = (d + 1)(d + 2)/2 packed features (see packed_feature_table), the last column
 import torch
 
 from .backend import resolve_backend, without_triton
+from .direct_call import direct_call
 from .packed_sequences import check_cu_seqlens
 from .taylor_linear_attention_reference import (
     packed_feature_count,
@@ -79,7 +80,7 @@ def taylor_linear_attention(
             eps=eps,
         )
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
-    y, final_state, _ = _attention(q, k, v, attention_mask, initial_state, cu_seqlens, scale, eps, output_final_state)
+    y, final_state, _ = _run(q, k, v, attention_mask, initial_state, cu_seqlens, scale, eps, output_final_state)
     return (y, final_state) if output_final_state else y
 
 
@@ -233,11 +234,13 @@ def _backward(ctx, dy, dfinal_state, _):
     dy = torch.zeros_like(y) if dy is None else dy
     dfinal_state = dfinal_state if ctx.output_final_state else None
     need_dinitial_state = ctx.needs_input_grad[4]
-    *gradients, dinitial_state = _attention_backward(dy, dfinal_state, *ctx.saved_tensors, ctx.scale, need_dinitial_state)
+    *gradients, dinitial_state = _run_backward(dy, dfinal_state, *ctx.saved_tensors, ctx.scale, need_dinitial_state)
     return *gradients, None, dinitial_state if need_dinitial_state else None, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
+_run = direct_call(_attention, _setup_context, _backward)
+_run_backward = direct_call(_attention_backward)
 
 
 @torch.library.custom_op("geobased::taylor_linear_attention_step", mutates_args=("state",))
