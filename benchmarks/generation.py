@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from plots import plot_lines
-from results_file import print_table, results_folder, row, write_results
+from results_file import OURS, print_table, results_folder, row, write_results
 from timing import Ceilings, Peers, measure_ceilings, relative_error
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -34,7 +34,7 @@ from geobased.kernels.taylor_linear_attention_reference import packed_feature_co
 from geobased.modeling_based import fast_generation
 
 PROMPT = 64
-OURS, OUR_LOOP = "geobased", "geobased, transformers' loop"
+OUR_LOOP = "geobased, transformers' loop"
 LLAMA, COMPILED, DELTANET = "transformers Llama", "transformers Llama, compiled", "fla Gated DeltaNet"
 LLAMA_SIZES = {
     "360m": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16),
@@ -166,7 +166,7 @@ def error_of_logits(model: PreTrainedModel, batch_size: int) -> float:
         seen.append(logits.clone())
         return sample(logits, generated)
 
-    step.sampler.sample = spy  # type: ignore[method-assign]
+    step.sampler.sample = spy
     for column in ids[:, PROMPT:].T:
         step.tokens.copy_(column)
         step.replay()

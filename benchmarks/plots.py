@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-OURS = "geobased"
+from results_file import OURS
+
 OURS_COLOUR, INK, GRID = "#1a56db", "#1f2328", "#d8dee4"
 # colour-blind safe, and dark enough on white
 PEER_COLOURS = ("#d9480f", "#0b7a55", "#7c3aed", "#b58105", "#c2255c", "#0c8599", "#6b7280")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+OURS = "geobased"  # the name of our implementation in all results
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("flash-linear-attention", "fla-core", "flash-attn", "mamba-ssm", "xformers")
 # words of a device's name that do not tell one kind of GPU from another
@@ -119,7 +120,7 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: str | Path | No
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line per row; the ratio compares with this project's own time in the same case (2.00x: takes twice as long)."""
-    ours = {(r["benchmark"], str(r["case"])): r["milliseconds"] for r in rows if r["implementation"] == "geobased"}
+    ours = {(r["benchmark"], str(r["case"])): r["milliseconds"] for r in rows if r["implementation"] == OURS}
     for r in rows:
         own = ours.get((r["benchmark"], str(r["case"])))
         ratio = f"{r['milliseconds'] / own:6.2f}x" if own else "      -"

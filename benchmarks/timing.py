@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import triton.testing
+from results_file import OURS
 
 MATMUL_SIZE = 8192
 COPY_BYTES = 2**31
@@ -56,6 +57,17 @@ def random_inputs(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     """Norm of the difference over the norm of the truth, in float64."""
     return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+class WrongResult(RuntimeError):
+    """One of our own kernels is wrong: its times mean nothing."""
+
+
+def checked(error: float | None, limit: float, implementation: str, benchmark: str, case: dict[str, Any]) -> float | None:
+    """The error as it is. Raises WrongResult where ours exceeds the limit (or is NaN); a peer's error is only reported."""
+    if implementation == OURS and error is not None and not error <= limit:
+        raise WrongResult(f"{benchmark} {case}: relative error {error:.2e} exceeds {limit}")
+    return error
 
 
 def gradients(function: Callable[..., torch.Tensor], leaves: Sequence[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:

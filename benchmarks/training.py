@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from plots import plot_bars
-from results_file import print_table, results_folder, row, write_results
+from results_file import OURS, print_table, results_folder, row, write_results
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from geobased import BasedConfig, BasedForCausalLM
@@ -158,7 +158,7 @@ def run(
                 torch._dynamo.reset()
                 gc.collect()
                 torch.cuda.empty_cache()
-        ours, llama = parameters["geobased"], parameters[LLAMA]
+        ours, llama = parameters[OURS], parameters[LLAMA]
         if abs(llama / ours - 1) > LARGEST_DIFFERENCE_OF_SIZE:
             raise SystemExit(f"Llama has {llama:,} parameters and ours {ours:,}: not of equal size")
     peers = {str(r["case"]): r for r in rows if r["implementation"] == LLAMA}
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours under torch.compile as well")
     parser.add_argument("--output", help="folder of the results (default: benchmarks/results/<gpu>)")
     arguments = parser.parse_args()
-    implementations = ["geobased", LLAMA] + (["geobased, torch.compile"] if arguments.compile else [])
+    implementations = [OURS, LLAMA] + (["geobased, torch.compile"] if arguments.compile else [])
     folder = Path(arguments.output) if arguments.output else results_folder()
 
     def save(rows: list[dict[str, Any]]) -> Path:
