@@ -25,6 +25,7 @@ from .cache_based import BasedCache, RingSlidingWindowLayer
 from .fused_weights import fuse_rows
 from .gpu_sampling import SamplingPlan, TokenSampler
 from .mixers_based import BasedGatedShortConvolution, BasedTaylorLinearAttention
+from .taylor_linear_attention_reference import packed_feature_count
 
 try:
     from geobased.kernels.add_rms_norm import add_rms_norm
@@ -192,7 +193,7 @@ class DecodeStep:
         self.conv_states = torch.zeros(num_conv, batch, config.conv_dim, config.conv_kernel, **make)
         self.kept_conv_states = torch.zeros_like(self.conv_states) if self.keeps_conv else None
         next_conv = itertools.count()
-        rows = (self.feature_dim + 1) * (self.feature_dim + 2) // 2
+        rows = packed_feature_count(self.feature_dim)
         self.states: list = []
         for mixer in config.mixers:
             if mixer == "conv":

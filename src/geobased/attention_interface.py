@@ -106,6 +106,8 @@ def _unsupported(
     options: dict[str, Any],
 ) -> str | None:
     """Why the kernels cannot compute this, None if they can."""
+    from .kernels.flash_attention import MAX_TRITON_HEAD_DIM
+
     if dropout > 0:
         return f"its kernels have no dropout (dropout={dropout}; set attention_dropout to 0)"
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -114,8 +116,8 @@ def _unsupported(
         return f"a window of {sliding_window} needs causal attention"
     if value.shape[-1] != query.shape[-1]:
         return f"head_dim {query.shape[-1]} of the keys differs from that of the values, {value.shape[-1]}"
-    if query.is_cuda and query.shape[-1] > 128:
-        return f"its kernels take head_dim up to 128, not {query.shape[-1]}"
+    if query.is_cuda and query.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"its kernels take head_dim up to {MAX_TRITON_HEAD_DIM}, not {query.shape[-1]}"
     if causal and key.shape[2] < query.shape[2]:
         return f"{query.shape[2]} queries stand against {key.shape[2]} keys"
     given = [name for name in ("softcap", "s_aux", "position_bias", "cache", "head_mask") if options.get(name) is not None]

@@ -105,11 +105,7 @@ def taylor_linear_attention_step(
         >>> taylor_linear_attention_step(q, k, torch.randn(2, 4, 64), state).shape
         torch.Size([2, 4, 64])
     """
-    if q.dim() != 3 or v.dim() != 3 or q.shape != k.shape or q.shape[:2] != v.shape[:2]:
-        raise ValueError(
-            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: q and k must be"
-            " [batch, heads, feature_dim] and v [batch, heads, head_dim]"
-        )
+    check_token_shapes(q, k, v)
     scale = _check_values(q, k, v, scale)
     _check_state("state", state, (q.shape[0], q.shape[1]), q, v)
     if v.numel() == 0 or _resolve_backend(backend, q, v) == "torch":
@@ -127,8 +123,20 @@ def _check_values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
         raise ValueError(f"q, k and v are on {q.device}, {k.device}, {v.device}: move them to one device")
     if q.shape[-1] == 0:
         raise ValueError(f"q has shape {tuple(q.shape)}: feature_dim must be at least 1")
+    return checked_scale(scale, q.shape[-1])
+
+
+def check_token_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.dim() != 3 or v.dim() != 3 or q.shape != k.shape or q.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: q and k must be"
+            " [batch, heads, feature_dim] and v [batch, heads, head_dim]"
+        )
+
+
+def checked_scale(scale: float | None, feature_dim: int) -> float:
     if scale is None:
-        return q.shape[-1] ** -0.5
+        return feature_dim**-0.5
     if not scale > 0:
         raise ValueError(f"scale={scale} must be positive: its square root scales the features")
     return scale

@@ -15,6 +15,7 @@ A step only reads the state; the last tokens wait in a buffer, are attended to e
 import torch
 
 from .backend import resolve_backend, without_triton
+from .taylor_linear_attention import check_token_shapes, checked_scale
 from .taylor_linear_attention_decode_reference import (
     DeferredTaylorState,
     make_deferred_state,
@@ -68,11 +69,7 @@ def taylor_linear_attention_deferred_step(
         >>> taylor_linear_attention_deferred_step(q, k, torch.randn(2, 4, 64), state, count).shape
         torch.Size([2, 4, 64])
     """
-    if q.dim() != 3 or v.dim() != 3 or q.shape != k.shape or q.shape[:2] != v.shape[:2]:
-        raise ValueError(
-            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: q and k must be"
-            " [batch, heads, feature_dim] and v [batch, heads, head_dim]"
-        )
+    check_token_shapes(q, k, v)
     if not q.dtype == k.dtype == v.dtype == state.recent_k.dtype:
         raise ValueError(
             f"q, k and v have dtypes {q.dtype}, {k.dtype}, {v.dtype} and the waiting tokens {state.recent_k.dtype}: cast them to"
@@ -90,7 +87,7 @@ def taylor_linear_attention_deferred_step(
         raise ValueError(
             f"q, k, v and the state are on {q.device}, {k.device}, {v.device}, {state.high.device}: move them to one"
         )
-    scale = _checked_scale(scale, feature_dim)
+    scale = checked_scale(scale, feature_dim)
     if v.numel() == 0 or _resolve_backend(backend, q, state) == "torch":
         return taylor_linear_attention_deferred_step_reference(q, k, v, state, count, scale=scale, eps=eps)
     return _step(q, k, v, state.high, state.norm, state.recent_k, state.recent_v, count, scale, eps)
@@ -108,21 +105,13 @@ def taylor_linear_attention_fold(
         >>> taylor_linear_attention_fold(state, torch.full([1], 32, dtype=torch.int32))
     """
     _check_state(state, count)
-    scale = _checked_scale(scale, state.recent_k.shape[-1])
+    scale = checked_scale(scale, state.recent_k.shape[-1])
     if state.high.numel() == 0 or _resolve_backend(backend, state.high, state) == "torch":
         taylor_linear_attention_fold_reference(state, count, scale=scale)
     elif state.low is None:
         _fold(state.high, state.norm, state.recent_k, state.recent_v, count, scale)
     else:
         _fold_with_remainder(state.high, state.low, state.norm, state.recent_k, state.recent_v, count, scale)
-
-
-def _checked_scale(scale: float | None, feature_dim: int) -> float:
-    if scale is None:
-        return feature_dim**-0.5
-    if not scale > 0:
-        raise ValueError(f"scale={scale} must be positive: its square root scales the features")
-    return scale
 
 
 def _check_state(state: DeferredTaylorState, count: torch.Tensor) -> None:
