@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .flash_attention_configs import launch_config
-from .flash_attention_tiles_triton import key_places, key_ranges, load_rows, locate, query_ranges, store_rows, visible_runs
+from .flash_attention_tiles_triton import hide_keys, key_ranges, load_rows, locate, query_ranges, sees, store_rows, visible_runs
 from .flash_attention_triton import grid, is_misread_by_interpreter, shared_arguments, strides, with_dense_rows
 
 
@@ -168,24 +168,15 @@ def _accumulate_query_gradient(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc += ds @ k over the keys lo .. hi - 1; EDGES and MASK_ALL as in the forward kernel."""
+    """acc += ds @ k over the keys lo .. hi - 1; EDGES and MASK_ALL as in `hide_keys`."""
     for start in range(lo, hi, STEP):
         k_tile = load_rows(k, start, kv_len, stride_kt, EDGES, HEAD_DIM, STEP, BLOCK_D)
         v_tile = load_rows(v, start, kv_len, stride_vt, EDGES, HEAD_DIM, STEP, BLOCK_D)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         weights = tl.exp2(scores * scale_log2 - lse[:, None])
-        if MASK_ALL:
-            keys = key_places(start, key_mask, kv_len, HAS_MASK, STEP)
-            visible = (last[:, None] - keys[None, :]).to(tl.uint32, bitcast=True) < count[:, None]
-            weights = tl.where(visible, weights, 0.0)
-        elif EDGES:
-            if (start < full_lo) | (start + STEP > full_hi):
-                keys = key_places(start, key_mask, kv_len, HAS_MASK, STEP)
-                visible = (last[:, None] - keys[None, :]).to(tl.uint32, bitcast=True) < count[:, None]
-                weights = tl.where(visible, weights, 0.0)
-        elif HAS_MASK:
-            kept = tl.load(key_mask + start + tl.arange(0, STEP)) != 0
-            weights = tl.where(kept[None, :], weights, 0.0)
+        weights = hide_keys(
+            *(weights, 0.0, start, last, count, full_lo, full_hi, key_mask, kv_len, EDGES, MASK_ALL, HAS_MASK, STEP)
+        )
         dweights = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION)
         dscores = weights * (dweights - row_delta[:, None])
         acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
@@ -324,13 +315,11 @@ def _accumulate_key_value_gradient(
         weights = tl.exp2(scores * scale_log2 - lse[None, :])
         if MASK_ALL:
             last, count = visible_runs(queries, bounds, seq_len, kv_len, window, CAUSAL, WINDOWED, PACKED)
-            visible = (last[None, :] - keys[:, None]).to(tl.uint32, bitcast=True) < count[None, :]
-            weights = tl.where(visible, weights, 0.0)
+            weights = tl.where(sees(last[None, :], count[None, :], keys[:, None]), weights, 0.0)
         elif EDGES:  # noqa: SIM102 (decided when the kernel is compiled, the next one when it runs)
             if (start < full_lo) | (start + STEP > full_hi):
                 last, count = visible_runs(queries, bounds, seq_len, kv_len, window, CAUSAL, WINDOWED, PACKED)
-                visible = (last[None, :] - keys[:, None]).to(tl.uint32, bitcast=True) < count[None, :]
-                weights = tl.where(visible, weights, 0.0)
+                weights = tl.where(sees(last[None, :], count[None, :], keys[:, None]), weights, 0.0)
         dscores = weights * (dweights - row_delta[None, :])
         dv_tile = tl.dot(weights.to(dy_tile.dtype), dy_tile, dv_tile, input_precision=PRECISION)
         dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)

@@ -159,3 +159,42 @@ def key_places(start, key_mask, kv_len, HAS_MASK: tl.constexpr, STEP: tl.constex
         kept = tl.load(key_mask + keys, keys < kv_len, other=0) != 0
         keys = tl.where(kept, keys, HIDDEN)
     return keys
+
+
+@triton.jit
+def sees(last, count, keys):
+    """Whether queries see keys; last and count along one axis of the result, keys along the other."""
+    return (last - keys).to(tl.uint32, bitcast=True) < count
+
+
+@triton.jit
+def hide_keys(
+    tile,
+    hidden,
+    start,
+    last,
+    count,
+    full_lo,
+    full_hi,
+    key_mask,
+    kv_len,
+    EDGES: tl.constexpr,
+    MASK_ALL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """tile [queries, STEP] of the keys from start on, with the number `hidden` where a query does not see a key.
+
+    EDGES: some queries do not see some keys, in every tile (MASK_ALL) or outside full_lo .. full_hi - 1.
+    """
+    if MASK_ALL:
+        keys = key_places(start, key_mask, kv_len, HAS_MASK, STEP)
+        tile = tl.where(sees(last[:, None], count[:, None], keys[None, :]), tile, hidden)
+    elif EDGES:
+        if (start < full_lo) | (start + STEP > full_hi):
+            keys = key_places(start, key_mask, kv_len, HAS_MASK, STEP)
+            tile = tl.where(sees(last[:, None], count[:, None], keys[None, :]), tile, hidden)
+    elif HAS_MASK:
+        kept = tl.load(key_mask + start + tl.arange(0, STEP)) != 0
+        tile = tl.where(kept[None, :], tile, hidden)
+    return tile

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .backend import triton_interpreter_is_on
 from .flash_attention_configs import launch_config
-from .flash_attention_tiles_triton import key_places, key_ranges, load_rows, locate, store_rows, visible_runs
+from .flash_attention_tiles_triton import hide_keys, key_ranges, load_rows, locate, store_rows, visible_runs
 
 
 def forward(
@@ -216,23 +216,13 @@ def _attend(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fold the keys lo .. hi - 1 into acc [TILE, BLOCK_D], row_sum and row_max [TILE].
-
-    EDGES: some queries do not see some keys, in every tile (MASK_ALL) or outside full_lo .. full_hi - 1.
-    """
+    """Fold the keys lo .. hi - 1 into acc [TILE, BLOCK_D], row_sum and row_max [TILE]; EDGES and MASK_ALL as in `hide_keys`."""
     for start in range(lo, hi, STEP):
         k_tile = load_rows(k, start, kv_len, stride_kt, EDGES, HEAD_DIM, STEP, BLOCK_D)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if MASK_ALL:
-            keys = key_places(start, key_mask, kv_len, HAS_MASK, STEP)
-            scores = tl.where(_sees(last, count, keys), scores, float("-inf"))
-        elif EDGES:
-            if (start < full_lo) | (start + STEP > full_hi):
-                keys = key_places(start, key_mask, kv_len, HAS_MASK, STEP)
-                scores = tl.where(_sees(last, count, keys), scores, float("-inf"))
-        elif HAS_MASK:
-            kept = tl.load(key_mask + start + tl.arange(0, STEP)) != 0
-            scores = tl.where(kept[None, :], scores, float("-inf"))
+        scores = hide_keys(
+            *(scores, float("-inf"), start, last, count, full_lo, full_hi, key_mask, kv_len, EDGES, MASK_ALL, HAS_MASK, STEP)
+        )
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         weights = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
         decay = tl.exp2((row_max - new_max) * scale_log2)
@@ -241,9 +231,3 @@ def _attend(
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
         row_max = new_max
     return acc, row_sum, row_max
-
-
-@triton.jit
-def _sees(last, count, keys):
-    """[queries, keys]"""
-    return (last[:, None] - keys[None, :]).to(tl.uint32, bitcast=True) < count[:, None]

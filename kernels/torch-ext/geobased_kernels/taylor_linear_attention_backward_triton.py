@@ -122,8 +122,8 @@ def add_state_to_dq(
     PRECISION: tl.constexpr,
     SELECT: tl.constexpr,
 ):
-    state = load_state(states_ptr, state_base, rows, tl.arange(0, DV_PAD), DV, DV_PAD, P_PAD, BLOCK_P).to(DOT)
-    norm = tl.load(norms_ptr + state_base + rows, mask=rows < P_PAD, other=0.0)
+    state, norm = load_state(states_ptr, norms_ptr, state_base, rows, DV, DV_PAD, P_PAD, BLOCK_P)
+    state = state.to(DOT)
     x_i, x_j, select_i, select_j = load_factors(
         q_ptr, q, offsets, rows, first_ptr, second_ptr, select_ptr,
         CONSTANTS, D, D_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
@@ -290,8 +290,8 @@ def add_state_to_dkv(
     PRECISION: tl.constexpr,
     SELECT: tl.constexpr,
 ):
-    state = load_state(states_ptr, state_base, rows, tl.arange(0, DV_PAD), DV, DV_PAD, P_PAD, BLOCK_P).to(DOT)
-    norm = tl.load(norms_ptr + state_base + rows, mask=rows < P_PAD, other=0.0)
+    state, norm = load_state(states_ptr, norms_ptr, state_base, rows, DV, DV_PAD, P_PAD, BLOCK_P)
+    state = state.to(DOT)
     x_i, x_j, select_i, select_j = load_factors(
         k_ptr, k, offsets, rows, first_ptr, second_ptr, select_ptr,
         CONSTANTS, D, D_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,

@@ -61,15 +61,16 @@ def load_factors(
 
 @triton.jit
 def load_state(
-    states_ptr, base, rows, columns, DV: tl.constexpr, DV_PAD: tl.constexpr, P_PAD: tl.constexpr, BLOCK_P: tl.constexpr
+    states_ptr, norms_ptr, base, rows, DV: tl.constexpr, DV_PAD: tl.constexpr, P_PAD: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """[BLOCK_P, DV_PAD] of a stored state; `base` is its first row, as int64."""
+    """[BLOCK_P, DV_PAD] of a stored state and [BLOCK_P] of its normaliser; `base` is its first row, as int64."""
+    columns = tl.arange(0, DV_PAD)
     pointers = states_ptr + base * DV + rows[:, None] * DV + columns[None, :]
     if DV == DV_PAD and P_PAD % BLOCK_P == 0:
         state = tl.load(pointers)
     else:
         state = tl.load(pointers, mask=(rows[:, None] < P_PAD) & (columns[None, :] < DV), other=0.0)
-    return state
+    return state, tl.load(norms_ptr + base + rows, mask=rows < P_PAD, other=0.0)
 
 
 @triton.jit
@@ -98,15 +99,14 @@ def add_state(
     SELECT: tl.constexpr,
 ):
     """acc [BLOCK_M, DV_PAD] and den [BLOCK_M] plus what a block of rows of the state before the chunk adds."""
-    state = load_state(states_ptr, state_base, rows, tl.arange(0, DV_PAD), DV, DV_PAD, P_PAD, BLOCK_P).to(DOT)
-    norm = tl.load(norms_ptr + state_base + rows, mask=rows < P_PAD, other=0.0)
+    state, norm = load_state(states_ptr, norms_ptr, state_base, rows, DV, DV_PAD, P_PAD, BLOCK_P)
     x_i, x_j, _, _ = load_factors(
         q_ptr, q, offsets, rows, first_ptr, second_ptr, select_ptr,
         CONSTANTS, D, D_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
     )  # fmt: skip
     phi = x_i * x_j
     den += tl.sum(phi * norm[None, :], axis=1)
-    return tl.dot(phi.to(DOT), state, acc, input_precision=PRECISION), den
+    return tl.dot(phi.to(DOT), state.to(DOT), acc, input_precision=PRECISION), den
 
 
 @triton.jit
