@@ -248,10 +248,10 @@ def test_empty_inputs(backend, device):
 def test_operator_follows_the_rules_of_custom_ops(device):
     q, k, v, dy = (x.requires_grad_() for x in random_inputs(1, 5, 2, 16, kv_heads=1, device=device))
     mask = torch.tensor([[False, True, True, True, True]], device=device)
-    torch.library.opcheck(op._attention, (q, k, v, True, 0.25, mask, None))
-    y, logsumexp = op._attention(q, k, v, True, 0.25, mask, None)
+    torch.library.opcheck(op._attention, (q, k, v, True, None, 0.25, mask, None))
+    y, logsumexp = op._attention(q, k, v, True, None, 0.25, mask, None)
     arguments = tuple(x.detach() for x in (dy, q, k, v, y, logsumexp))
-    torch.library.opcheck(op._attention_backward, (*arguments, True, 0.25, mask, None))
+    torch.library.opcheck(op._attention_backward, (*arguments, True, None, 0.25, mask, None))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from geobased.kernels import backend as backend_module
-from geobased.kernels import sliding_window_attention as op
+from geobased.kernels import flash_attention as op  # the op that windows share with all softmax attention
 from geobased.kernels.sliding_window_attention import sliding_window_attention
 from geobased.kernels.sliding_window_attention_reference import sliding_window_attention_reference
 
@@ -285,10 +285,10 @@ def test_empty_inputs(device):
 def test_operator_follows_the_rules_of_custom_ops(device):
     q, k, v, dy = (x.requires_grad_() for x in random_inputs(1, 5, 1, 16, device=device))
     mask = torch.tensor([[False, True, True, True, True]], device=device)
-    torch.library.opcheck(op._attention, (q, k, v, 3, 0.25, mask, None))
-    y, logsumexp = op._attention(q, k, v, 3, 0.25, mask, None)
+    torch.library.opcheck(op._attention, (q, k, v, True, 3, 0.25, mask, None))
+    y, logsumexp = op._attention(q, k, v, True, 3, 0.25, mask, None)
     arguments = tuple(x.detach() for x in (dy, q, k, v, y, logsumexp))
-    torch.library.opcheck(op._attention_backward, (*arguments, 3, 0.25, mask, None))
+    torch.library.opcheck(op._attention_backward, (*arguments, True, 3, 0.25, mask, None))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -1,4 +1,4 @@
-"""Softmax attention in linear memory, differentiable, as one custom op for the Triton form.
+"""Softmax attention in linear memory, differentiable, as one custom op for the Triton form, with or without a window.
 
     y_i = sum_j softmax_j(softmax_scale * q_i . k_j) v_j
 
@@ -44,33 +44,59 @@ def flash_attention(
         >>> flash_attention(q, k, v).shape
         torch.Size([2, 577, 16, 64])
     """
-    _check_inputs(q, k, v, causal, attention_mask, cu_seqlens)
+    check_inputs(q, k, v, attention_mask, cu_seqlens)
+    seq_len, kv_len = q.shape[1], k.shape[1]
+    if causal and kv_len < seq_len:
+        raise ValueError(f"with causal=True kv_len {kv_len} is less than seq_len {seq_len}: every query needs its own key")
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q)
-    if _resolve_backend(backend, q) == "torch":
+    if resolve_attention_backend("flash_attention", backend, q) == "torch":
         return flash_attention_reference(
             *(q, k, v), causal=causal, attention_mask=attention_mask, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale
         )
+    return triton_attention(q, k, v, causal, None, attention_mask, cu_seqlens, softmax_scale)
+
+
+# --- with or without a window -----------------------------------------------------------------------------------------
+
+
+def triton_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    window: int | None,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    softmax_scale: float | None,
+) -> torch.Tensor:
+    """The Triton form; a window needs causal=True."""
     key_mask = None if attention_mask is None else attention_mask.to(q.device).ne(0)
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens.to(q.device), q.shape[1])
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _run(q, k, v, causal, softmax_scale, key_mask, bounds)[0]
+    return _run(q, k, v, causal, window, softmax_scale, key_mask, bounds)[0]
 
 
-def _resolve_backend(backend: str, q: torch.Tensor) -> str:
+def resolve_attention_backend(op: str, backend: str, q: torch.Tensor) -> str:
     resolved = resolve_backend(backend, q)
     head_dim = q.shape[-1]
     if resolved == "torch" or head_dim <= MAX_TRITON_HEAD_DIM:
         return resolved
     limit = f"the Triton form takes head_dim up to {MAX_TRITON_HEAD_DIM}, not {head_dim}"
-    return without_triton("flash_attention", backend, limit)
+    return without_triton(op, backend, limit)
 
 
-def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+def check_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
     """Shapes, dtypes and devices that softmax attention needs, with or without a window."""
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}: it must be [batch, seq_len, heads, head_dim]")
-    batch, _, heads, head_dim = q.shape
+    batch, seq_len, heads, head_dim = q.shape
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: they must be equal")
     if k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, head_dim):
@@ -88,22 +114,8 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mas
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: it must be [batch, kv_len] = [{batch}, {kv_len}]"
         )
-
-
-def _check_inputs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    attention_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-) -> None:
-    check_heads(q, k, v, attention_mask)
-    seq_len, kv_len = q.shape[1], k.shape[1]
-    if causal and kv_len < seq_len:
-        raise ValueError(f"with causal=True kv_len {kv_len} is less than seq_len {seq_len}: every query needs its own key")
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q.shape[0], seq_len)
+        check_cu_seqlens(cu_seqlens, batch, seq_len)
         if kv_len != seq_len:
             raise ValueError(f"with cu_seqlens kv_len {kv_len} must equal seq_len {seq_len}")
 
@@ -114,6 +126,7 @@ def _attention(
     k: torch.Tensor,
     v: torch.Tensor,
     causal: bool,
+    window: int | None,
     softmax_scale: float,
     key_mask: torch.Tensor | None,
     bounds: torch.Tensor | None,
@@ -122,12 +135,12 @@ def _attention(
     from . import flash_attention_triton
 
     return flash_attention_triton.forward(
-        *(q, k, v), causal=causal, window=None, softmax_scale=softmax_scale, key_mask=key_mask, bounds=bounds
+        *(q, k, v), causal=causal, window=window, softmax_scale=softmax_scale, key_mask=key_mask, bounds=bounds
     )
 
 
 @_attention.register_fake
-def _(q, k, v, causal, softmax_scale, key_mask, bounds):
+def _(q, k, v, causal, window, softmax_scale, key_mask, bounds):
     batch, seq_len, heads, _ = q.shape
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(batch, heads, seq_len, dtype=torch.float32)
 
@@ -141,6 +154,7 @@ def _attention_backward(
     y: torch.Tensor,
     logsumexp: torch.Tensor,
     causal: bool,
+    window: int | None,
     softmax_scale: float,
     key_mask: torch.Tensor | None,
     bounds: torch.Tensor | None,
@@ -151,7 +165,7 @@ def _attention_backward(
     return flash_attention_backward_triton.backward(
         *(dy, q, k, v, y, logsumexp),
         causal=causal,
-        window=None,
+        window=window,
         softmax_scale=softmax_scale,
         key_mask=key_mask,
         bounds=bounds,
@@ -159,19 +173,19 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(dy, q, k, v, y, logsumexp, causal, softmax_scale, key_mask, bounds):
+def _(dy, q, k, v, y, logsumexp, causal, window, softmax_scale, key_mask, bounds):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, ctx.causal, ctx.softmax_scale, key_mask, bounds = inputs
+    q, k, v, ctx.causal, ctx.window, ctx.softmax_scale, key_mask, bounds = inputs
     ctx.save_for_backward(q, k, v, *output, key_mask, bounds)
 
 
 def _backward(ctx, dy, _):
     q, k, v, y, logsumexp, key_mask, bounds = ctx.saved_tensors
-    gradients = _run_backward(dy, q, k, v, y, logsumexp, ctx.causal, ctx.softmax_scale, key_mask, bounds)
-    return *gradients, None, None, None, None
+    gradients = _run_backward(dy, q, k, v, y, logsumexp, ctx.causal, ctx.window, ctx.softmax_scale, key_mask, bounds)
+    return *gradients, None, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
