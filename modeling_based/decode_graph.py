@@ -6,11 +6,12 @@ later prompt of the same shape. A period of `CAPACITY` steps ends with a fold, a
 the linear attention states and prepares the next period's rotary embedding.
 
 Once every row is finished the step's counters stand still: steps that the host has launched in the meantime rewrite the same
-slots, which the next token would overwrite anyway, so the state stays the one after the last token that counts.
+slots, which the next token would overwrite unread, so the state stays the one after the last token that counts.
 
 Only what geobased's kernels serve comes here (`fast_generation.py` decides); without geobased this module is not used.
 """
 
+import contextlib
 import itertools
 import threading
 from dataclasses import dataclass
@@ -28,9 +29,12 @@ from .mixers_based import BasedGatedShortConvolution, BasedTaylorLinearAttention
 from .taylor_linear_attention_reference import packed_feature_count
 
 try:
+    from geobased.kernels.accept_tokens import accept_tokens
+    from geobased.kernels.add_parts_rms_norm import add_parts_rms_norm, linear_in_parts
     from geobased.kernels.add_rms_norm import add_rms_norm
     from geobased.kernels.few_rows_linear import MAX_TRITON_INPUTS, few_rows_linear
-    from geobased.kernels.gated_short_convolution_step import gated_short_convolution_step
+    from geobased.kernels.gated_short_convolution_ring_step import gated_short_convolution_ring_step
+    from geobased.kernels.programmatic_launch import overlapping_launches
     from geobased.kernels.silu_mul import silu_mul
     from geobased.kernels.sliding_window_attention_step import sliding_window_attention_step
     from geobased.kernels.taylor_linear_attention_decode import (
@@ -48,6 +52,11 @@ except ImportError:
 CAPACITY = 32
 # up to this batch norms and gates ride along with the products (two rows are no faster than cuBLAS with kernels between)
 FEW_ROWS = 1
+# (batch up to, parts): products that write to the residual are cut along their inputs, or most of the GPU waits for few tiles;
+# from SPLIT_OUTPUTS outputs on there are tiles enough
+SPLITS = ((32, 4), (256, 2))
+SPLIT_OUTPUTS = 2048
+SPLIT_MULTIPLE = 64  # inputs of one part are a multiple of a tile's
 # two captures at once would mix up their memory
 _capture_lock = threading.Lock()
 
@@ -92,7 +101,6 @@ class DecodeStep:
         plan: the kinds of sampling steps.
         num_ends: how many ids end a sequence.
         padded: whether rows may begin with padding.
-        keeps_cache: whether the state will be read again once all rows are finished (`store`).
         captured: whether the step is a CUDA graph; otherwise the same code runs op by op, on any device.
     """
 
@@ -104,7 +112,6 @@ class DecodeStep:
         *,
         num_ends: int,
         padded: bool,
-        keeps_cache: bool,
         captured: bool,
     ):
         self.lock = threading.RLock()
@@ -116,7 +123,7 @@ class DecodeStep:
         with torch.inference_mode(False), torch.no_grad():
             self._take_weights(model)
             self.sampler = TokenSampler(plan, batch, config.vocab_size, self.device)
-            self._make_buffers(plan, num_ends, keeps_cache)
+            self._make_buffers(num_ends)
             self._make_states()
             self.step_graph: torch.cuda.CUDAGraph | None = None
             self.fold_graph: torch.cuda.CUDAGraph | None = None
@@ -148,7 +155,7 @@ class DecodeStep:
                 self.taps.append(None)
             self.gate_up.append(Projections.of(mlp.gate_proj, mlp.up_proj))
             self.down.append(Projections.of(mlp.down_proj))
-        self.few_rows = self._few_rows_serve()
+        self.few_rows, self.split_parts = self._few_rows_serve(), self._parts_that_pay()
         self.feature_dim = next((x.mixer.feature_dim for x in base.layers if isinstance(x.mixer, BasedTaylorLinearAttention)), 1)
 
     def _few_rows_serve(self) -> bool:
@@ -161,7 +168,13 @@ class DecodeStep:
             and all(p.is_one_product and p.layers[0][0].shape[1] <= MAX_TRITON_INPUTS for p in products)
         )
 
-    def _make_buffers(self, plan: SamplingPlan, num_ends: int, keeps_cache: bool) -> None:
+    def _parts_that_pay(self) -> int:
+        half = self.dtype in (torch.float16, torch.bfloat16)  # parts are float32; a product of float32 has more work per tile
+        if not half or self.device.type != "cuda" or self.config.hidden_size > SPLIT_OUTPUTS:
+            return 1
+        return next((parts for limit, parts in SPLITS if self.batch <= limit), 1)
+
+    def _make_buffers(self, num_ends: int) -> None:
         integers = {"dtype": torch.int32, "device": self.device}
         half = self.dtype in (torch.float16, torch.bfloat16)
         residual_dtype = torch.float32 if half and self.config.residual_in_fp32 else self.dtype
@@ -184,14 +197,12 @@ class DecodeStep:
         self.rotary = self.zeros.new_zeros(
             CAPACITY, 2, self.row_positions.shape[0], self.config.head_dim if self.has_rotary else 0, dtype=self.dtype
         )
-        self.keeps_conv = keeps_cache and num_ends > 0 and "conv" in self.config.mixers
 
     def _make_states(self) -> None:
         config, batch, heads = self.config, self.batch, self.config.num_attention_heads
         make = {"dtype": self.dtype, "device": self.device}
         num_conv = config.mixers.count("conv")
-        self.conv_states = torch.zeros(num_conv, batch, config.conv_dim, config.conv_kernel, **make)
-        self.kept_conv_states = torch.zeros_like(self.conv_states) if self.keeps_conv else None
+        self.conv_states = torch.zeros(num_conv, batch, config.conv_kernel, config.conv_dim, **make)
         next_conv = itertools.count()
         rows = packed_feature_count(self.feature_dim)
         self.states: list = []
@@ -212,17 +223,7 @@ class DecodeStep:
     def step(self) -> None:
         """Reads `tokens`, picks the next ones into `tokens` and the period's row, and counts."""
         logits = F.linear(self._hidden(), self.head)
-        tokens = self.sampler.sample(logits, self.generated)
-        if self.kept_conv_states is not None:
-            torch.where(self.running.bool(), self.conv_states, self.kept_conv_states, out=self.kept_conv_states)
-        self._accept(tokens)
-        if self.ends.numel():
-            self.counters.add_(self.running)
-            self.slot.add_(self.running)
-            self.running.copy_(self.finished.all().logical_not())
-        else:
-            self.counters.add_(1)
-            self.slot.add_(1)
+        self._accept(self.sampler.sample(logits, self.generated))
 
     def _hidden(self) -> torch.Tensor:
         """What the head reads, [batch, hidden_size]."""
@@ -236,12 +237,30 @@ class DecodeStep:
                 x, residual = self.gate_up[i].few_rows(x, residual=residual, norm_weight=before_mlp, eps=self.eps, swiglu=True)
                 x, _ = self.down[i].few_rows(x)
                 continue
-            x, residual = add_rms_norm(x, residual, before_mixer, self.eps, inplace=i > 0)  # the zeros stay zero
-            (x,) = self.outputs[i](self._mix(i, self.inputs[i](x), cos, sin))
-            x, residual = add_rms_norm(x, residual, before_mlp, self.eps, inplace=True)
+            if i == 0:
+                x, residual = add_rms_norm(x, residual, before_mixer, self.eps)  # the zeros stay zero
+            else:
+                x = self._add_norm(x, self.down[i - 1], residual, before_mixer)
+            x = self._to_residual(self.outputs[i], self._mix(i, self.inputs[i](x), cos, sin))
+            x = self._add_norm(x, self.outputs[i], residual, before_mlp)
             gate, up = self.gate_up[i](x)
-            (x,) = self.down[i](silu_mul(gate, up) if self.is_swiglu else self.activation(gate) * up)
-        return add_rms_norm(x, residual, self.final_norm, self.eps, inplace=True)[0]
+            x = self._to_residual(self.down[i], silu_mul(gate, up) if self.is_swiglu else self.activation(gate) * up)
+        return self._add_norm(x, self.down[-1], residual, self.final_norm)
+
+    def _to_residual(self, projection: Projections, x: torch.Tensor) -> torch.Tensor:
+        """What a block adds to the residual: [rows, hidden], or in parts that are yet to be added up, without the bias."""
+        weight = projection.layers[0][0]
+        if self.split_parts > 1 and weight.shape[1] % (SPLIT_MULTIPLE * self.split_parts) == 0:
+            return linear_in_parts(x, weight, self.split_parts)
+        return projection(x)[0]
+
+    def _add_norm(
+        self, added: torch.Tensor, projection: Projections, residual: torch.Tensor, norm_weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Adds what a block gave to the residual, in place -> the residual's norm."""
+        if added.dim() == 3:
+            return add_parts_rms_norm(added, projection.layers[0][1], residual, norm_weight, self.eps)
+        return add_rms_norm(added, residual, norm_weight, self.eps, inplace=True)[0]
 
     def _mix(
         self, i: int, projected: tuple[torch.Tensor, ...], cos: torch.Tensor | None, sin: torch.Tensor | None
@@ -250,7 +269,7 @@ class DecodeStep:
         mixer, state = self.config.mixers[i], self.states[i]
         if mixer == "conv":
             value, gate = projected[0].chunk(2, dim=-1)
-            return gated_short_convolution_step(value, gate, self.taps[i], state)
+            return gated_short_convolution_ring_step(value, gate, self.taps[i], state, self.position)
         q, k, v = (y.unflatten(-1, (self.config.num_attention_heads, -1)) for y in projected)
         if mixer == "linear_attention":
             y = taylor_linear_attention_deferred_step(q, k, v, state, self.count)
@@ -262,14 +281,19 @@ class DecodeStep:
         return y.flatten(1)
 
     def _accept(self, tokens: torch.Tensor) -> None:
-        if self.ends.numel():
-            tokens = torch.where(self.finished, self.pad, tokens)
-            ended = tokens == self.ends if self.ends.numel() == 1 else (tokens.unsqueeze(1) == self.ends).any(1)
-            self.finished.logical_or_(ended)
-        self.tokens.copy_(tokens)
-        self.period_tokens.index_copy_(0, self.slot, tokens.unsqueeze(0))
+        accept_tokens(
+            tokens,
+            self.tokens,
+            self.period_tokens,
+            self.finished,
+            self.ends,
+            self.pad,
+            self.counters,
+            self.slot,
+            self.running,
+        )
         if self.sampler.seen is not None:
-            self.sampler.seen.scatter_(1, tokens.unsqueeze(1), True)
+            self.sampler.seen.scatter_(1, self.tokens.unsqueeze(1), True)
 
     def fold(self) -> None:
         """Ends a period: the waiting tokens go into the states, and the next positions get their rotary embedding."""
@@ -294,16 +318,19 @@ class DecodeStep:
             random_state = torch.cuda.get_rng_state(self.device)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
+            # cuBLAS's kernels do not let the next one start early: overlapping pays only in a chain of our own
+            overlap = overlapping_launches if self.few_rows else contextlib.nullcontext
             with torch.cuda.stream(side):
                 self._fill_rotary()
                 for _ in range(2):  # Triton compiles and cuBLAS takes its workspace before the capture
-                    self.step()
+                    with overlap(self.device):
+                        self.step()
                     self.fold()
             torch.cuda.current_stream().wait_stream(side)
             self.step_graph, self.fold_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             # a stream of this device: PyTorch's own one for captures stays on the device of the first capture
             stream, mode = torch.cuda.Stream(), "thread_local"
-            with torch.cuda.graph(self.step_graph, stream=stream, capture_error_mode=mode):
+            with torch.cuda.graph(self.step_graph, stream=stream, capture_error_mode=mode), overlap(self.device):
                 self.step()
             with torch.cuda.graph(self.fold_graph, pool=self.step_graph.pool(), stream=stream, capture_error_mode=mode):
                 self.fold()
@@ -316,7 +343,7 @@ class DecodeStep:
         self.fold() if self.fold_graph is None else self.fold_graph.replay()
 
     def state_bytes(self) -> int:
-        tensors = [self.conv_states, self.kept_conv_states, self.sampler.seen]
+        tensors = [self.conv_states, self.sampler.seen]
         tensors += [tensor for state in self.states if isinstance(state, tuple) for tensor in state]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -360,25 +387,26 @@ class DecodeStep:
                 if release:
                     layer.recurrent_states[0] = None
             else:
-                state.copy_(layer.conv_states[0])
+                state.index_copy_(1, self._ring_order(cache.get_seq_length()), layer.conv_states[0].transpose(1, 2))
                 if release:
                     layer.conv_states[0] = None
-        if self.kept_conv_states is not None:
-            self.kept_conv_states.copy_(self.conv_states)
 
     def pick_first(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [batch, vocab_size] of the prompt's last token -> the first new tokens [batch]."""
-        tokens = self.sampler.sample(logits, self.generated)
-        self._accept(tokens)
-        self.generated.add_(1)
-        if self.ends.numel():
-            self.running.copy_(self.finished.all().logical_not())
+        self._accept(self.sampler.sample(logits, self.generated))
+        self.counters[:2].sub_(1)  # the prompt's last token was read before: only `generated` has gone on
+        self.slot.zero_()
         return self.tokens
+
+    def _ring_order(self, length: int) -> torch.Tensor:
+        """The slots of the convolution's last inputs, oldest first, after `length` tokens."""
+        kernel = self.config.conv_kernel
+        return torch.tensor([(length + tap) % kernel for tap in range(kernel)], device=self.device)
 
     def store(self, cache: BasedCache) -> None:
         """Writes the state after the last token that was read back into `cache`."""
         length = int(self.position)
-        conv_states = iter(self.conv_states if self.kept_conv_states is None else self.kept_conv_states)
+        order = self._ring_order(length)
         for layer, state in zip(cache.layers, self.states, strict=True):
             if isinstance(layer, RingSlidingWindowLayer):
                 layer._ring_keys = _written(layer._ring_keys, state[0])
@@ -389,7 +417,9 @@ class DecodeStep:
             if layer.is_recurrent_states_initialized[0]:
                 layer.recurrent_states[0] = to_running_state(state, self.count, out=layer.recurrent_states[0])
             else:
-                layer.conv_states[0] = _written(layer.conv_states[0], next(conv_states))
+                inputs = state.index_select(1, order).mT.contiguous()
+                inputs[..., 0] = 0  # no later token reads it, and a step after the last one may have written there
+                layer.conv_states[0] = _written(layer.conv_states[0], inputs)
         cache._seen_tokens = length
 
 

@@ -214,7 +214,6 @@ def _decode_step(model: PreTrainedModel, plan: GenerationPlan, batch: int) -> De
         plan.sampling.signature,
         len(plan.ends),
         plan.first_valid is not None,
-        plan.keeps_cache,
         plan.captured,
     )
     with _steps_lock:
@@ -236,7 +235,6 @@ def _decode_step(model: PreTrainedModel, plan: GenerationPlan, batch: int) -> De
             plan.sampling,
             num_ends=len(plan.ends),
             padded=plan.first_valid is not None,
-            keeps_cache=plan.keeps_cache,
             captured=plan.captured,
         )
         step.addresses = _addresses(model)  # building the step may have moved weights together

@@ -12,6 +12,14 @@ from typing import Any
 import torch
 from transformers.generation import logits_process
 
+try:
+    from geobased.kernels.row_argmax import row_argmax
+except ImportError:  # then `fast_generation.py` serves no call
+
+    def row_argmax(scores: torch.Tensor) -> torch.Tensor:
+        raise NotServed("geobased's kernels are not installed")
+
+
 # bfloat16 logits tie often, and transformers' top-k keeps all that tie with the k-th: so many more are looked at
 TOP_K_TIES = 64
 
@@ -178,7 +186,7 @@ class TokenSampler:
             # with rates p to ring is i with probability p_i
             probabilities = scores.softmax(-1)
             scores = probabilities / torch.empty_like(probabilities).exponential_()
-        picked = scores.argmax(-1)
+        picked = row_argmax(scores)
         return picked if candidates is None else candidates.gather(1, picked[:, None]).squeeze(1)
 
     @staticmethod

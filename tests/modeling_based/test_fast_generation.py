@@ -208,6 +208,8 @@ def test_the_returned_cache_can_be_gone_on_from(ways, make_ids, assert_near, col
     assert isinstance(fast_begun.past_key_values, BasedCache) and fast.calls == 2
     for layer, fast_layer in zip(begun.past_key_values.layers, fast_begun.past_key_values.layers, strict=True):
         for a, b in zip(modeling_tensors(layer), modeling_tensors(fast_layer), strict=True):
+            if a.dim() == 3:  # of a convolution's inputs no later token reads the oldest
+                a, b = a[..., 1:], b[..., 1:]
             assert_near(b, a, tolerance=1e-5, name=type(layer).__name__)
 
 

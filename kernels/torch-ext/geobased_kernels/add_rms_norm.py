@@ -11,6 +11,7 @@ import torch
 
 from .add_rms_norm_reference import add_rms_norm_reference
 from .backend import resolve_backend, without_triton
+from .compile_support import register_fake
 from .direct_call import direct_call
 
 MAX_TRITON_HIDDEN = 16384
@@ -94,7 +95,7 @@ def _add_rms_norm(
     return add_rms_norm_triton.forward(x, residual, weight, eps)
 
 
-@_add_rms_norm.register_fake
+@register_fake(_add_rms_norm)
 def _(x, residual, weight, eps):
     rows = residual.numel() // residual.shape[-1]
     new_residual = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
@@ -110,7 +111,7 @@ def _rms_norm(residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple
     return normed, reciprocal
 
 
-@_rms_norm.register_fake
+@register_fake(_rms_norm)
 def _(residual, weight, eps):
     rows = residual.numel() // residual.shape[-1]
     return _normed_and_rms(residual, weight, rows)
@@ -129,7 +130,7 @@ def _add_rms_norm_(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     return add_rms_norm_triton.forward(x, residual, weight, eps, inplace=True)[0]
 
 
-@_add_rms_norm_.register_fake
+@register_fake(_add_rms_norm_)
 def _(x, residual, weight, eps):
     return torch.empty(residual.shape, dtype=weight.dtype, device=residual.device)
 
@@ -149,7 +150,7 @@ def _add_rms_norm_backward(
     return add_rms_norm_triton.backward(dnormed, dnew_residual, new_residual, weight, reciprocal, x_dtype)
 
 
-@_add_rms_norm_backward.register_fake
+@register_fake(_add_rms_norm_backward)
 def _(dnormed, dnew_residual, new_residual, weight, reciprocal, x_dtype):
     dresidual, dweight = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (new_residual, weight))
     dx = new_residual.new_empty(0) if x_dtype is None else torch.empty_like(dresidual, dtype=x_dtype)

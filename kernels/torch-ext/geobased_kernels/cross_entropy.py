@@ -9,6 +9,7 @@ backward pass, which saves one number per token and writes the gradient in the l
 import torch
 
 from .backend import resolve_backend
+from .compile_support import register_fake
 from .cross_entropy_reference import cross_entropy_reference
 from .direct_call import direct_call
 
@@ -51,7 +52,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int
     return cross_entropy_triton.forward(logits, labels, ignore_index)
 
 
-@_cross_entropy.register_fake
+@register_fake(_cross_entropy)
 def _(logits, labels, ignore_index):
     return tuple(torch.empty(labels.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
 
@@ -66,7 +67,7 @@ def _cross_entropy_backward(
     return cross_entropy_triton.backward(dlosses, logits, labels, logsumexp, ignore_index)
 
 
-@_cross_entropy_backward.register_fake
+@register_fake(_cross_entropy_backward)
 def _(dlosses, logits, labels, logsumexp, ignore_index):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 

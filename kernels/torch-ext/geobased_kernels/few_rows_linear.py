@@ -7,6 +7,7 @@ work but one more kernel. There is no gradient in the Triton form.
 import torch
 
 from .backend import resolve_backend, without_triton
+from .compile_support import register_fake
 from .few_rows_linear_reference import few_rows_linear_reference
 
 MAX_TRITON_ROWS = 4
@@ -103,7 +104,7 @@ def _few_rows_linear(
     return few_rows_linear_triton.forward(x, weight, bias, residual, norm_weight, eps, swiglu)
 
 
-@_few_rows_linear.register_fake
+@register_fake(_few_rows_linear)
 def _(x, weight, bias, residual, norm_weight, eps, swiglu):
     y = torch.empty(x.shape[0], weight.shape[0] // (2 if swiglu else 1), dtype=weight.dtype, device=x.device)
     return y, y.new_empty(0) if residual is None else torch.empty_like(residual)

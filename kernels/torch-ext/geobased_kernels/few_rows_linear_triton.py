@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .programmatic_launch import overlap_options
+
 # by the rounded-up number of inputs; outputs per program, halved with `swiglu`, which reads two weight rows for each
 LAUNCH: dict[int, dict[str, int]] = {
     1024: dict(BLOCK_N=4, num_warps=4),
@@ -37,7 +39,10 @@ def few_rows_kernel(
     HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     n = program * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -48,6 +53,8 @@ def few_rows_kernel(
         partner = tl.load(weight_ptr + (n + outputs)[:, None].to(tl.int64) * inputs + k[None, :], mask=inside, other=0.0)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=inside_n, other=0.0).to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * x_stride + k, mask=inside_k, other=0.0).to(tl.float32)
         if NORM:
@@ -95,6 +102,6 @@ def forward(
         few_rows_kernel[(triton.cdiv(outputs, launch["BLOCK_N"]),)](
             x, weight, bias if bias is not None else weight, residual if norm else x, norm_weight if norm else x, y,
             new_residual if norm else y, x.stride(0), inputs, outputs, eps,
-            ROWS=rows, BLOCK_K=block_k, HAS_BIAS=bias is not None, NORM=norm, SWIGLU=swiglu, **launch,
+            ROWS=rows, BLOCK_K=block_k, HAS_BIAS=bias is not None, NORM=norm, SWIGLU=swiglu, **launch, **overlap_options(),
         )  # fmt: skip
     return y, new_residual

@@ -8,6 +8,7 @@ over all keys, or over those up to its own position (`causal`). `sliding_window_
 import torch
 
 from .backend import resolve_backend, without_triton
+from .compile_support import register_fake
 from .direct_call import direct_call
 from .flash_attention_reference import flash_attention_reference
 from .packed_sequences import check_cu_seqlens, sequence_bounds
@@ -139,7 +140,7 @@ def _attention(
     )
 
 
-@_attention.register_fake
+@register_fake(_attention)
 def _(q, k, v, causal, window, softmax_scale, key_mask, bounds):
     batch, seq_len, heads, _ = q.shape
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(batch, heads, seq_len, dtype=torch.float32)
@@ -172,7 +173,7 @@ def _attention_backward(
     )
 
 
-@_attention_backward.register_fake
+@register_fake(_attention_backward)
 def _(dy, q, k, v, y, logsumexp, causal, window, softmax_scale, key_mask, bounds):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 

@@ -8,6 +8,7 @@ The mixer of BASED's short-range layers, between its two projections.
 import torch
 
 from .backend import resolve_backend, without_triton
+from .compile_support import register_fake
 from .direct_call import direct_call
 from .gated_short_convolution_reference import gated_short_convolution_reference
 from .packed_sequences import check_cu_seqlens, sequence_bounds
@@ -141,7 +142,7 @@ def _convolution(
     return gated_short_convolution_triton.forward(x, gate, weight, state, token_mask, bounds)
 
 
-@_convolution.register_fake
+@register_fake(_convolution)
 def _(x, gate, weight, state, token_mask, bounds):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -162,7 +163,7 @@ def _convolution_backward(
     return gated_short_convolution_triton.backward(dy, x, gate, weight, state, token_mask, bounds)
 
 
-@_convolution_backward.register_fake
+@register_fake(_convolution_backward)
 def _(dy, x, gate, weight, state, token_mask, bounds):
     dstate = x.new_empty(0) if state is None else torch.empty(state.shape, dtype=state.dtype, device=state.device)
     return *(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate, weight)), dstate
@@ -193,7 +194,7 @@ def _convolution_of_halves(
     return gated_short_convolution_triton.forward(x, gate, weight, None, token_mask, bounds)
 
 
-@_convolution_of_halves.register_fake
+@register_fake(_convolution_of_halves)
 def _(halves, weight, token_mask, bounds):
     batch, seq_len, width = halves.shape
     return torch.empty(batch, seq_len, width // 2, dtype=halves.dtype, device=halves.device)
@@ -217,7 +218,7 @@ def _convolution_of_halves_backward(
     return dhalves, dweight
 
 
-@_convolution_of_halves_backward.register_fake
+@register_fake(_convolution_of_halves_backward)
 def _(dy, halves, weight, token_mask, bounds):
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (halves, weight))
 

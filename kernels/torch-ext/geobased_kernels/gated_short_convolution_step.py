@@ -8,6 +8,7 @@ See `gated_short_convolution` for whole sequences.
 import torch
 
 from .backend import resolve_backend, without_triton
+from .compile_support import register_fake
 from .gated_short_convolution_step_reference import gated_short_convolution_step_reference
 
 MAX_TRITON_KERNEL = 8
@@ -68,6 +69,6 @@ def _step(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, state: torc
     return gated_short_convolution_step_triton.step(x, gate, weight, state)
 
 
-@_step.register_fake
+@register_fake(_step)
 def _(x, gate, weight, state):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)

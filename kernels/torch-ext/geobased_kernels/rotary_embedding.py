@@ -8,6 +8,7 @@ Nothing is saved for the backward pass but cos and sin: it is the transposed tur
 import torch
 
 from .backend import resolve_backend
+from .compile_support import register_fake
 from .direct_call import direct_call
 from .rotary_embedding_reference import rotary_embedding_reference
 
@@ -59,7 +60,7 @@ def _turn(
     return rotary_embedding_triton.turn(q, k, cos, sin, transposed)
 
 
-@_turn.register_fake
+@register_fake(_turn)
 def _(q, k, cos, sin, transposed):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
 

@@ -6,6 +6,7 @@ The middle of a SwiGLU MLP. Only gate and up are saved for the backward pass, wh
 import torch
 
 from .backend import resolve_backend
+from .compile_support import register_fake
 from .direct_call import direct_call
 from .silu_mul_reference import silu_mul_reference
 
@@ -44,7 +45,7 @@ def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return silu_mul_triton.forward(gate, up)
 
 
-@_silu_mul.register_fake
+@register_fake(_silu_mul)
 def _(gate, up):
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
@@ -57,7 +58,7 @@ def _silu_mul_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
     return silu_mul_triton.backward(dy, gate, up)
 
 
-@_silu_mul_backward.register_fake
+@register_fake(_silu_mul_backward)
 def _(dy, gate, up):
     return tuple(torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
 

@@ -7,6 +7,7 @@ for whole sequences.
 import torch
 
 from .backend import resolve_backend, without_triton
+from .compile_support import register_fake
 from .sliding_window_attention_step_reference import sliding_window_attention_step_reference
 
 MAX_TRITON_HEAD_DIM = 256
@@ -144,6 +145,6 @@ def _step(
     return sliding_window_attention_step_triton.step(q, k, v, ring_k, ring_v, position, cos, sin, first_valid, softmax_scale)
 
 
-@_step.register_fake
+@register_fake(_step)
 def _(q, k, v, ring_k, ring_v, position, cos, sin, first_valid, softmax_scale):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -8,11 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .programmatic_launch import overlap_options
+
 # The first line whose number of (sequence, head) pairs is not exceeded. Few pairs: all loads at once; many: small programs
 # that load one tile ahead (PREFETCH).
 LAUNCHES: tuple[tuple[int, dict[str, int | bool]], ...] = (
     (256, dict(BLOCK_W=128, PREFETCH=False, num_warps=8)),
-    (2**62, dict(BLOCK_W=16, PREFETCH=True, num_warps=2)),
+    (2**62, dict(BLOCK_W=8, PREFETCH=True, num_warps=1)),
 )
 
 
@@ -88,7 +90,10 @@ def step_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     pair = tl.program_id(0)
     sequence = (pair // heads).to(tl.int64)
     head = pair % heads
@@ -103,6 +108,8 @@ def step_kernel(
     # The first tiles before anything else: no load moves across the barriers of the sums below.
     keys = _load_tile(ring_k_ptr, 0, slot, older, columns, WINDOW, D, BLOCK_W, BLOCK_R)
     values = _load_tile(ring_v_ptr, 0, slot, older, columns, WINDOW, D, BLOCK_W, BLOCK_R)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     cos, sin = 0.0, 0.0
     if ROTARY:
         cos = tl.load(cos_ptr + sequence * cos_stride + columns, mask=columns < D, other=0.0).to(tl.float32)
@@ -170,6 +177,6 @@ def step(
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos_stride, sin_stride,
             heads, softmax_scale, D=head_dim, D_PAD=_padded(head_dim), WINDOW=window, ROTARY=cos is not None,
             HAS_FIRST_VALID=first_valid is not None,
-            **launch_parameters(batch * heads, window, head_dim, q.element_size()),
+            **launch_parameters(batch * heads, window, head_dim, q.element_size()), **overlap_options(),
         )  # fmt: skip
     return y

@@ -9,6 +9,7 @@ P = (d + 1)(d + 2)/2 packed features (see packed_feature_table), the last column
 import torch
 
 from .backend import resolve_backend, without_triton
+from .compile_support import register_fake
 from .direct_call import direct_call
 from .packed_sequences import check_cu_seqlens
 from .taylor_linear_attention_reference import (
@@ -188,7 +189,7 @@ def _attention(
     return y, v.new_empty(0, dtype=torch.float32) if final_state is None else final_state, den
 
 
-@_attention.register_fake
+@register_fake(_attention)
 def _(q, k, v, attention_mask, initial_state, cu_seqlens, scale, eps, output_final_state):
     batch, seq_len, heads, feature_dim = q.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -224,7 +225,7 @@ def _attention_backward(
     return *gradients, v.new_empty(0, dtype=torch.float32) if dinitial_state is None else dinitial_state  # type: ignore[return-value]
 
 
-@_attention_backward.register_fake
+@register_fake(_attention_backward)
 def _(dy, dfinal_state, q, k, v, attention_mask, initial_state, cu_seqlens, y, den, scale, need_dinitial_state):
     dinitial_state = v.new_empty(initial_state.shape if need_dinitial_state else (0,), dtype=torch.float32)
     return *(x.new_empty(x.shape) for x in (q, k, v)), dinitial_state
@@ -258,6 +259,6 @@ def _step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor
     return taylor_linear_attention_step_triton.step(q, k, v, state, scale, eps)
 
 
-@_step.register_fake
+@register_fake(_step)
 def _(q, k, v, state, scale, eps):
     return v.new_empty(v.shape)

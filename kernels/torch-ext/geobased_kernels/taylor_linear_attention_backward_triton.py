@@ -14,17 +14,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .taylor_linear_attention_forward_triton import load_factors, load_state
+from .taylor_linear_attention_forward_triton import load_factors, load_keys, load_state
 from .taylor_linear_attention_launch import CHUNK, launch_options
 from .taylor_linear_attention_states_triton import (
+    ALL_PADDING,
+    NO_PADDING,
     block_options,
     feature_tables,
+    find_padding,
     flatten_tokens,
     load_rows,
     make_chunks,
     running_states,
     store_rows,
-    without_padding,
 )
 
 
@@ -71,12 +73,14 @@ def add_keys_to_dq(
     delta,
     k_ptr,
     v_ptr,
+    real_ptr,
     tokens,
     keys,
     length,
     k_stride,
     v_stride,
     scale,
+    MASKED: tl.constexpr,
     DIAGONAL: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -85,9 +89,8 @@ def add_keys_to_dq(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq / scale plus what a tile of keys adds; DIAGONAL as in the forward pass. Padding adds nothing: its k is zero."""
-    k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, DIAGONAL).to(DOT)
-    v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, DIAGONAL).to(DOT)
+    """dq / scale plus what a tile of keys adds; MASKED, DIAGONAL as in the forward pass. A key that is zero adds nothing."""
+    k, v, _ = load_keys(k_ptr, v_ptr, real_ptr, keys, length, k_stride, v_stride, MASKED, DIAGONAL, D, D_PAD, DV, DV_PAD, DOT)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     da = tl.dot(u, tl.trans(v), input_precision=PRECISION) + delta[:, None]
     ds = da * (1.0 + scale * x)
@@ -137,6 +140,8 @@ def dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    real_ptr,  # bool [tokens], or None where there is no padding
+    padding_ptr,  # int32 [chunks], the kind of each
     u_ptr,
     delta_ptr,
     states_ptr,  # [chunks, heads, P_PAD, DV]: the state before each chunk, or None
@@ -189,15 +194,26 @@ def dq_kernel(
     u = load_rows(u_ptr, tokens, heads * DV, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
     delta = tl.load(delta_ptr + tokens, mask=tokens < length, other=0.0)
     dq = tl.zeros([BLOCK_M, D_PAD], dtype=tl.float32)
-    for key_tile in tl.range(0, tile, BLOCK_N, num_stages=NUM_STAGES):
+    full_end, diagonal_end = tile, tile + BLOCK_M
+    if real_ptr is not None:
+        real_ptr += base
+        padding = tl.load(padding_ptr + chunk)
+        if padding != NO_PADDING:
+            full_end, diagonal_end = 0, tile
+            for key_tile in tl.range(0, tl.where(padding == ALL_PADDING, 0, tile + BLOCK_M), BLOCK_N, num_stages=1):
+                dq = add_keys_to_dq(
+                    dq, q, u, delta, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+                    k_stride, v_stride, scale, True, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+                )  # fmt: skip
+    for key_tile in tl.range(0, full_end, BLOCK_N, num_stages=NUM_STAGES):
         dq = add_keys_to_dq(
-            dq, q, u, delta, k_ptr, v_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
-            k_stride, v_stride, scale, False, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+            dq, q, u, delta, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+            k_stride, v_stride, scale, False, False, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
         )  # fmt: skip
-    for key_tile in tl.range(tile, tile + BLOCK_M, BLOCK_N, num_stages=NUM_STAGES):
+    for key_tile in tl.range(tile, diagonal_end, BLOCK_N, num_stages=NUM_STAGES):
         dq = add_keys_to_dq(
-            dq, q, u, delta, k_ptr, v_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
-            k_stride, v_stride, scale, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+            dq, q, u, delta, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+            k_stride, v_stride, scale, False, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
         )  # fmt: skip
     dq *= scale
     if states_ptr is not None:
@@ -306,7 +322,8 @@ def dkv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    keep_ptr,
+    real_ptr,  # bool [tokens], or None where there is no padding
+    padding_ptr,  # int32 [chunks], the kind of each
     u_ptr,
     delta_ptr,
     states_ptr,  # [chunks, heads, P_PAD, DV]: R after each chunk, or None
@@ -356,9 +373,15 @@ def dkv_kernel(
     delta_ptr += head.to(tl.int64) * n_tokens + base
     dk_ptr += (base * heads + head) * D
     dv_ptr += (base * heads + head) * DV
-    if keep_ptr is not None:
-        keep_ptr += base
     keys = tile + tl.arange(0, BLOCK_M)
+    all_padding = False
+    if real_ptr is not None:
+        all_padding = tl.load(padding_ptr + chunk) == ALL_PADDING
+    if all_padding:
+        zero_dk, zero_dv = tl.zeros([BLOCK_M, D_PAD], tl.float32), tl.zeros([BLOCK_M, DV_PAD], tl.float32)
+        store_rows(dk_ptr, keys, heads * D, length, tl.arange(0, D_PAD), zero_dk, D, D_PAD)
+        store_rows(dv_ptr, keys, heads * DV, length, tl.arange(0, DV_PAD), zero_dv, DV, DV_PAD)
+        return
     k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
     v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
     dk = tl.zeros([BLOCK_M, D_PAD], dtype=tl.float32)
@@ -395,10 +418,10 @@ def dkv_kernel(
                     first_ptr, second_ptr, select_ptr,
                     False, D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
                 )  # fmt: skip
-    if keep_ptr is not None:  # a padding key is out of every sum, the state's included
-        keep = tl.load(keep_ptr + keys, mask=keys < length, other=0.0)
-        dk *= keep[:, None]
-        dv *= keep[:, None]
+    if real_ptr is not None:  # a padding key is out of every sum; until here it has stayed in its own row
+        real = tl.load(real_ptr + base + keys, mask=keys < length, other=0) != 0
+        dk = tl.where(real[:, None], dk, 0.0)
+        dv = tl.where(real[:, None], dv, 0.0)
     store_rows(dk_ptr, keys, heads * D, length, tl.arange(0, D_PAD), dk, D, D_PAD)
     store_rows(dv_ptr, keys, heads * DV, length, tl.arange(0, DV_PAD), dv, DV, DV_PAD)
 
@@ -424,7 +447,7 @@ def backward(
     with torch.cuda.device_of(q):
         chunks = make_chunks(batch, seq_len, cu_seqlens, CHUNK, q.device)
         tables = feature_tables(feature_dim, scale, q.device, q.dtype)
-        k, v, keep = without_padding(k, v, attention_mask)
+        padding = find_padding(attention_mask, chunks)
         q, k, v, dy = (flatten_tokens(x) for x in (q, k, v, dy))
         n_tokens = batch * seq_len
         options = block_options(feature_dim, head_dim, q.dtype)
@@ -444,10 +467,10 @@ def backward(
         )
         states = norms = None
         if chunks.several or initial_state is not None:
-            states, norms, _ = running_states(k, v, chunks, tables, extra=keep, seed=initial_state, input_dtype=q.dtype)
+            states, norms, _ = running_states(k, v, chunks, tables, padding=padding, seed=initial_state, input_dtype=q.dtype)
         launch = launch_options("dq", q.dtype, feature_dim, head_dim)
         dq_kernel[(chunks.count * (chunks.size // launch["BLOCK_M"]), heads)](
-            q, k, v, u, delta, states, norms, dq, *arguments,
+            q, k, v, *padding, u, delta, states, norms, dq, *arguments,
             CHUNK=chunks.size, SEEDED=initial_state is not None, **options, **launch,
         )  # fmt: skip
 
@@ -461,7 +484,7 @@ def backward(
             states = norms = None
         launch = launch_options("dkv", q.dtype, feature_dim, head_dim)
         dkv_kernel[(chunks.count * (chunks.size // launch["BLOCK_M"]), heads)](
-            q, k, v, keep, u, delta, states, norms, dk, dv, *arguments,
+            q, k, v, *padding, u, delta, states, norms, dk, dv, *arguments,
             CHUNK=chunks.size, SEEDED=dfinal_state is not None, **options, **launch,
         )  # fmt: skip
     return dq, dk, dv, dinitial_state

@@ -15,6 +15,7 @@ A step only reads the state; the last tokens wait in a buffer, are attended to e
 import torch
 
 from .backend import resolve_backend, without_triton
+from .compile_support import register_fake
 from .taylor_linear_attention import check_token_shapes, checked_scale
 from .taylor_linear_attention_decode_reference import (
     DeferredTaylorState,
@@ -166,7 +167,7 @@ def _step(
     return taylor_linear_attention_decode_triton.step(q, k, v, high, norm, recent_k, recent_v, count, scale, eps)
 
 
-@_step.register_fake
+@register_fake(_step)
 def _(q, k, v, high, norm, recent_k, recent_v, count, scale, eps):
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
@@ -180,7 +181,7 @@ def _fold(
     taylor_linear_attention_decode_triton.fold(high, None, norm, recent_k, recent_v, count, scale)
 
 
-@_fold.register_fake
+@register_fake(_fold)
 def _(high, norm, recent_k, recent_v, count, scale):
     return None
 
@@ -200,6 +201,6 @@ def _fold_with_remainder(
     taylor_linear_attention_decode_triton.fold(high, low, norm, recent_k, recent_v, count, scale)
 
 
-@_fold_with_remainder.register_fake
+@register_fake(_fold_with_remainder)
 def _(high, low, norm, recent_k, recent_v, count, scale):
     return None

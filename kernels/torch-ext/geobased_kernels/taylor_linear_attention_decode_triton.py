@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .programmatic_launch import overlap_options
 from .taylor_linear_attention_reference import packed_feature_count
 
 # One line for each kind of state and number of (sequence, head) pairs, the first that fits is taken: bytes per entry, most
@@ -24,7 +25,7 @@ STEP_LAUNCHES: tuple[tuple[int, int, dict[str, int | bool]], ...] = (
     (4, 256, dict(BLOCK_P=256, BLOCK_C=32, UNROLLED=True, num_warps=8)),
     (4, 2**62, dict(BLOCK_P=64, BLOCK_C=128, UNROLLED=True, num_warps=4)),
 )
-FOLD_LAUNCH: dict[str, int] = dict(BLOCK_P=32, TURNS=5, num_warps=4)
+FOLD_LAUNCH: dict[str, int] = dict(BLOCK_P=16, TURNS=10, NUM_STAGES=3, num_warps=4)
 
 
 def step_launch(pairs: int, entry_bytes: int, feature_dim: int, head_dim: int) -> dict[str, int | bool]:
@@ -121,7 +122,10 @@ def step_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLLED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     pair = tl.program_id(0)
     sequence = (pair // heads).to(tl.int64)
     head = pair % heads
@@ -139,6 +143,8 @@ def step_kernel(
 
     # The first rows before anything else: no load moves across the barriers of the sums below.
     state = _load_rows(high_ptr, 0, P, columns, DV, BLOCK_P, BLOCK_R)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     q = tl.load(q_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     den = tl.zeros([BLOCK_P], dtype=tl.float32)
@@ -198,6 +204,7 @@ def fold_kernel(
     PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     TURNS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     groups: tl.constexpr = (P + BLOCK_P * TURNS - 1) // (BLOCK_P * TURNS)
     pair = (tl.program_id(0) // groups).to(tl.int64)
@@ -217,7 +224,7 @@ def fold_kernel(
     )
     if PARTS == 0:
         values = values.to(tl.float32)
-    for turn in range(TURNS):
+    for turn in tl.range(TURNS, num_stages=NUM_STAGES):
         rows = (tl.program_id(0) % groups * TURNS + turn) * BLOCK_P + tl.arange(0, BLOCK_P)
         exists = rows < P
         offsets = rows[:, None] * DV + columns[None, :]
@@ -271,7 +278,7 @@ def step(
             q, k, v, high, norm, recent_k, recent_v, count, y,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), heads, scale, scale**0.5, eps,
             P=high.shape[2], D=feature_dim, D_PAD=triton.next_power_of_2(feature_dim), DV=head_dim,
-            CAPACITY=capacity, BLOCK_W=block_w, **launch,
+            CAPACITY=capacity, BLOCK_W=block_w, **launch, **overlap_options(),
         )  # fmt: skip
     return y
 

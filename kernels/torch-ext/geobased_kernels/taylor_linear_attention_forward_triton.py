@@ -10,17 +10,20 @@ import triton.language as tl
 
 from .taylor_linear_attention_launch import CHUNK, launch_options
 from .taylor_linear_attention_states_triton import (
+    ALL_PADDING,
+    NO_PADDING,
     block_options,
     feature_tables,
+    find_padding,
     flatten_tokens,
     gather_factors,
     load_constants,
+    load_real_rows,
     load_rows,
     load_selection,
     make_chunks,
     running_states,
     store_rows,
-    without_padding,
 )
 
 
@@ -110,19 +113,49 @@ def add_state(
 
 
 @triton.jit
+def load_keys(
+    k_ptr,
+    v_ptr,
+    real_ptr,
+    keys,
+    length,
+    k_stride,
+    v_stride,
+    MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """k [keys, D_PAD] and v [keys, DV_PAD], and which of the keys are there (if MASKED: and no padding; others are zero)."""
+    real = keys < length
+    if MASKED:
+        real = tl.load(real_ptr + keys, mask=real, other=0) != 0
+        k = load_real_rows(k_ptr, keys, k_stride, real, tl.arange(0, D_PAD), D)
+        v = load_real_rows(v_ptr, keys, v_stride, real, tl.arange(0, DV_PAD), DV)
+    else:
+        k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, BOUNDED)
+        v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, BOUNDED)
+    return k.to(DOT), v.to(DOT), real
+
+
+@triton.jit
 def add_keys(
     acc,
     den,
     q,
     k_ptr,
     v_ptr,
-    keep_ptr,
+    real_ptr,
     tokens,
     keys,
     length,
     k_stride,
     v_stride,
     scale,
+    MASKED: tl.constexpr,
     DIAGONAL: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -131,15 +164,15 @@ def add_keys(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc and den plus what a tile of keys adds; DIAGONAL: the tile may hold keys later than a query, or none at all."""
-    k = load_rows(k_ptr, keys, k_stride, length, tl.arange(0, D_PAD), D, D_PAD, DIAGONAL).to(DOT)
-    v = load_rows(v_ptr, keys, v_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, DIAGONAL).to(DOT)
+    """acc and den plus what a tile of keys adds; DIAGONAL: the tile may hold keys later than a query, or none at all;
+    MASKED: some keys may be padding."""
+    k, v, real = load_keys(k_ptr, v_ptr, real_ptr, keys, length, k_stride, v_stride, MASKED, DIAGONAL, D, D_PAD, DV, DV_PAD, DOT)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     a = 1.0 + x * (scale + 0.5 * scale * scale * x)
     if DIAGONAL:  # a key that does not exist is later than every query
         a = tl.where(keys[None, :] <= tokens[:, None], a, 0.0)
-    if keep_ptr is not None:
-        a *= tl.load(keep_ptr + keys, mask=keys < length, other=0.0)[None, :]
+    if MASKED:
+        a = tl.where(real[None, :], a, 0.0)
     den += tl.sum(a, axis=1)
     return tl.dot(a.to(DOT), v, acc, input_precision=PRECISION), den
 
@@ -149,7 +182,8 @@ def output_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    keep_ptr,  # float32 [tokens], 0 for padding (whose k and v are zero), or None
+    real_ptr,  # bool [tokens], or None where there is no padding
+    padding_ptr,  # int32 [chunks], the kind of each
     states_ptr,  # [chunks, heads, P_PAD, DV]: the state before each chunk, or None
     norms_ptr,
     y_ptr,  # out [tokens, heads, DV]
@@ -197,8 +231,6 @@ def output_kernel(
     v_ptr += base * v_stride + head.to(tl.int64) * v_head_stride
     y_ptr += (base * heads + head) * DV
     den_ptr += head.to(tl.int64) * n_tokens + base
-    if keep_ptr is not None:
-        keep_ptr += base
     tokens = tile + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, tokens, q_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
     acc = tl.zeros([BLOCK_M, DV_PAD], dtype=tl.float32)
@@ -224,15 +256,26 @@ def output_kernel(
                     first_ptr, second_ptr, select_ptr,
                     False, D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_P, DOT, PRECISION, SELECT,
                 )  # fmt: skip
-    for key_tile in tl.range(0, tile, BLOCK_N, num_stages=NUM_STAGES):
+    full_end, diagonal_end = tile, tile + BLOCK_M
+    if real_ptr is not None:
+        real_ptr += base
+        padding = tl.load(padding_ptr + chunk)
+        if padding != NO_PADDING:
+            full_end, diagonal_end = 0, tile
+            for key_tile in tl.range(0, tl.where(padding == ALL_PADDING, 0, tile + BLOCK_M), BLOCK_N, num_stages=1):
+                acc, den = add_keys(
+                    acc, den, q, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+                    k_stride, v_stride, scale, True, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+                )  # fmt: skip
+    for key_tile in tl.range(0, full_end, BLOCK_N, num_stages=NUM_STAGES):
         acc, den = add_keys(
-            acc, den, q, k_ptr, v_ptr, keep_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length, k_stride, v_stride, scale,
-            False, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+            acc, den, q, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length, k_stride, v_stride, scale,
+            False, False, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
         )  # fmt: skip
-    for key_tile in tl.range(tile, tile + BLOCK_M, BLOCK_N, num_stages=NUM_STAGES):
+    for key_tile in tl.range(tile, diagonal_end, BLOCK_N, num_stages=NUM_STAGES):
         acc, den = add_keys(
-            acc, den, q, k_ptr, v_ptr, keep_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length, k_stride, v_stride, scale,
-            True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+            acc, den, q, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length, k_stride, v_stride, scale,
+            False, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
         )  # fmt: skip
     den += eps
     store_rows(y_ptr, tokens, heads * DV, length, tl.arange(0, DV_PAD), acc / den[:, None], DV, DV_PAD)
@@ -258,19 +301,19 @@ def forward(
     with torch.cuda.device_of(q):
         chunks = make_chunks(batch, seq_len, cu_seqlens, CHUNK, q.device)
         tables = feature_tables(feature_dim, scale, q.device, q.dtype)
-        k, v, keep = without_padding(k, v, attention_mask)
+        padding = find_padding(attention_mask, chunks)
         q, k, v = (flatten_tokens(x) for x in (q, k, v))
         states = norms = final_state = None
         seeded = initial_state is not None
         if chunks.several or seeded or output_final_state:
             states, norms, final_state = running_states(
-                k, v, chunks, tables, extra=keep, seed=initial_state, need_total=output_final_state, input_dtype=q.dtype
+                k, v, chunks, tables, padding=padding, seed=initial_state, need_total=output_final_state, input_dtype=q.dtype
             )
         if not (chunks.several or seeded):
             states = norms = None
-        launch = launch_options("output", q.dtype, feature_dim, head_dim)
+        launch = launch_options("output" if attention_mask is None else "masked_output", q.dtype, feature_dim, head_dim)
         output_kernel[(chunks.count * (chunks.size // launch["BLOCK_M"]), heads)](
-            q, k, v, keep, states, norms, y, den, chunks.table, tables.first, tables.second, tables.select,
+            q, k, v, *padding, states, norms, y, den, chunks.table, tables.first, tables.second, tables.select,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), batch * seq_len, scale, eps,
             CHUNK=chunks.size, SEEDED=seeded, **block_options(feature_dim, head_dim, q.dtype), **launch,
         )  # fmt: skip

@@ -165,19 +165,39 @@ def flatten_tokens(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def without_padding(
-    k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """k and v with zeros where a token is padding, and the mask as float32 [batch * seq_len].
+class Padding(NamedTuple):
+    """Which tokens are padding. Loads that wait for a mask cannot run ahead of their use, so only chunks with both kinds of
+    tokens take them; what a padding token holds, NaN included, never reaches a sum."""
 
-    A padding token may hold anything, NaN included, and loads that wait for a mask cannot run ahead of their use. With zeros for
-    k and v only its constant feature is left, which the kernels keep out of the normaliser.
-    """
+    real: torch.Tensor | None = None  # bool [batch * seq_len]
+    kinds: torch.Tensor | None = None  # int32 [chunks]: NO_PADDING, SOME_PADDING or ALL_PADDING
+
+
+WITHOUT_PADDING = Padding()
+NO_PADDING = tl.constexpr(0)
+SOME_PADDING = tl.constexpr(1)
+ALL_PADDING = tl.constexpr(2)
+
+
+def find_padding(attention_mask: torch.Tensor | None, chunks: Chunks) -> Padding:
     if attention_mask is None:
-        return k, v, None
-    keep = attention_mask.ne(0)
-    k, v = (x.masked_fill(~keep[:, :, None, None], 0.0) for x in (k, v))
-    return k, v, keep.reshape(-1).float()
+        return WITHOUT_PADDING
+    real = attention_mask.ne(0).reshape(-1)
+    kinds = torch.empty(chunks.count, dtype=torch.int32, device=real.device)
+    padding_kernel[(chunks.count,)](real, chunks.table, kinds, CHUNK=chunks.size, num_warps=1)
+    return Padding(real, kinds)
+
+
+@triton.jit
+def padding_kernel(real_ptr, chunks_ptr, kinds_ptr, CHUNK: tl.constexpr):
+    chunk = tl.program_id(0)
+    start = tl.load(chunks_ptr + chunk * 4)
+    tokens = start + tl.arange(0, CHUNK)
+    length = tl.load(chunks_ptr + chunk * 4 + 1) - start
+    real = tl.load(real_ptr + tokens, mask=tokens < start + length, other=0)
+    count = tl.sum(real.to(tl.int32), axis=0)
+    kind = tl.where(count == length, NO_PADDING, tl.where(count == 0, ALL_PADDING, SOME_PADDING))
+    tl.store(kinds_ptr + chunk, kind)
 
 
 def block_options(feature_dim: int, head_dim: int, dtype: torch.dtype) -> dict:
@@ -209,6 +229,13 @@ def load_rows(ptr, tokens, stride, length, columns, WIDTH: tl.constexpr, PADDED:
     else:
         x = tl.load(pointers)
     return x
+
+
+@triton.jit
+def load_real_rows(ptr, tokens, stride, real, columns, WIDTH: tl.constexpr):
+    """[tokens, columns], zero from column WIDTH on and where `real` [tokens] says that a token is padding or not there."""
+    pointers = ptr + tokens[:, None] * stride + columns[None, :]
+    return tl.load(pointers, mask=real[:, None] & (columns[None, :] < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -257,6 +284,7 @@ def add_tokens(
     x_ptr,
     value_ptr,
     extra_ptr,
+    real_ptr,
     first_ptr,
     second_ptr,
     select_i,
@@ -278,14 +306,23 @@ def add_tokens(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SELECT: tl.constexpr,
+    MASKED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """state [BLOCK_P, DV_PAD] and norm [BLOCK_P] plus what `length` tokens add."""
+    """state [BLOCK_P, DV_PAD] and norm [BLOCK_P] plus what `length` tokens add; MASKED: some of them may be padding."""
     for tile in tl.range(0, length, BLOCK_T, num_stages=NUM_STAGES):
         tokens = tile + tl.arange(0, BLOCK_T)
-        value = load_rows(value_ptr, tokens, value_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
+        real = tokens < length
+        if MASKED:
+            real = tl.load(real_ptr + tokens, mask=real, other=0) != 0
+            value = load_real_rows(value_ptr, tokens, value_stride, real, tl.arange(0, DV_PAD), DV).to(DOT)
+        else:
+            value = load_rows(value_ptr, tokens, value_stride, length, tl.arange(0, DV_PAD), DV, DV_PAD, True).to(DOT)
         if SELECT:
-            x = load_rows(x_ptr, tokens, x_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
+            if MASKED:
+                x = load_real_rows(x_ptr, tokens, x_stride, real, tl.arange(0, D_PAD), D).to(DOT)
+            else:
+                x = load_rows(x_ptr, tokens, x_stride, length, tl.arange(0, D_PAD), D, D_PAD, True).to(DOT)
             x_i = tl.dot(select_i, tl.trans(x), input_precision=PRECISION)
             x_j = tl.dot(select_j, tl.trans(x), input_precision=PRECISION)
             if has_constants:
@@ -295,11 +332,13 @@ def add_tokens(
             x_i, x_j = gather_factors(x_ptr, tl.minimum(tokens, length - 1) * x_stride, rows, first_ptr, second_ptr, D, P_PAD)
             x_i, x_j = tl.trans(x_i), tl.trans(x_j)
         phi = x_i * x_j
+        if MASKED:
+            phi = tl.where(real[None, :], phi, 0.0)
         state = tl.dot(phi.to(DOT), value, state, input_precision=PRECISION)
         if extra_ptr is not None:
-            phi *= tl.load(extra_ptr + tokens * extra_stride, mask=tokens < length, other=0.0)[None, :]
-        elif has_constants:  # a token that does not exist has zeros for factors, but its constant feature is 1
-            phi = tl.where((tokens < length)[None, :], phi, 0.0)
+            phi *= tl.load(extra_ptr + tokens * extra_stride, mask=real, other=0.0)[None, :]
+        elif has_constants and not MASKED:  # a token that is not there has zeros for factors, but its constant feature is 1
+            phi = tl.where(real[None, :], phi, 0.0)
         norm += tl.sum(phi, axis=1)
     return state, norm
 
@@ -308,7 +347,9 @@ def add_tokens(
 def state_kernel(
     x_ptr,  # [tokens, heads, D]: k, or q in the backward pass
     value_ptr,  # [tokens, heads, DV]: v, or dy / den
-    extra_ptr,  # the value column of the normaliser, [tokens, heads] or [tokens], or None for ones
+    extra_ptr,  # the value column of the normaliser, [tokens, heads], or None for ones
+    real_ptr,  # bool [tokens], or None where there is no padding
+    padding_ptr,  # int32 [chunks], the kind of each
     states_ptr,  # out [chunks, heads, P_PAD, DV]: the sum of each chunk, or (WALK) of all before it (after it if REVERSE)
     norms_ptr,  # out [chunks, heads, P_PAD]
     seed_ptr,  # [sequences, heads, P, DV + 1] or None; WALK only, as `total`
@@ -397,11 +438,22 @@ def state_kernel(
         extra_base = extra_ptr
         if extra_ptr is not None:
             extra_base = extra_ptr + base * extra_stride
+        full_length = length
+        if real_ptr is not None:
+            padding = tl.load(padding_ptr + chunk)
+            full_length = tl.where(padding == NO_PADDING, length, 0)
+            if padding == SOME_PADDING:
+                state, norm = add_tokens(
+                    state, norm, x_ptr + base * x_stride, value_ptr + base * value_stride, extra_base, real_ptr + base,
+                    first_ptr, second_ptr, select_i, select_j, constant_i, constant_j, has_constants,
+                    rows, length, x_stride, value_stride, extra_stride,
+                    D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_T, DOT, PRECISION, SELECT, True, 1,
+                )  # fmt: skip
         state, norm = add_tokens(
-            state, norm, x_ptr + base * x_stride, value_ptr + base * value_stride, extra_base,
+            state, norm, x_ptr + base * x_stride, value_ptr + base * value_stride, extra_base, real_ptr,
             first_ptr, second_ptr, select_i, select_j, constant_i, constant_j, has_constants,
-            rows, length, x_stride, value_stride, extra_stride,
-            D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_T, DOT, PRECISION, SELECT, NUM_STAGES,
+            rows, full_length, x_stride, value_stride, extra_stride,
+            D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_T, DOT, PRECISION, SELECT, False, NUM_STAGES,
         )  # fmt: skip
         if not WALK and length > 0:
             tl.store(
@@ -474,6 +526,7 @@ def running_states(
     tables: FeatureTables,
     *,
     extra: torch.Tensor | None = None,
+    padding: Padding = WITHOUT_PADDING,
     seed: torch.Tensor | None = None,
     need_total: bool = False,
     reverse: bool = False,
@@ -482,7 +535,7 @@ def running_states(
     """The weighted state before each chunk (after it if `reverse`) and the total over each sequence.
 
     x [tokens, heads, d], value [tokens, heads, dv], extra, what stands beside a value for the normaliser instead of 1,
-    [tokens, heads] or [tokens] -> states [chunks, heads, P_PAD, dv], norms [chunks, heads, P_PAD] and,
+    [tokens, heads] -> states [chunks, heads, P_PAD, dv], norms [chunks, heads, P_PAD] and,
     if `need_total`, total [sequences, heads, P, dv + 1] with the outer weights. Without a seed the state before the first
     chunk is left unwritten: it is zero.
     """
@@ -493,12 +546,12 @@ def running_states(
     norms = x.new_empty(chunks.count, heads, rows, dtype=torch.float32)
     total = x.new_empty(chunks.sequences, heads, packed, head_dim + 1, dtype=torch.float32) if need_total else None
     seed = None if seed is None else seed.contiguous()
-    extra_strides = (0, 0) if extra is None else (extra.stride(0), extra.stride(1) if extra.dim() == 2 else 0)
+    extra_strides = (0, 0) if extra is None else extra.stride()
     launch = launch_options("states", input_dtype, feature_dim, head_dim)
     row_tiles = triton.cdiv(rows, launch["BLOCK_P"])
     walk = walks_sequences(chunks.even, chunks.sequences, chunks.count, heads, row_tiles)
     state_kernel[((chunks.sequences if walk else chunks.count) * row_tiles, heads)](
-        x, value, extra, states, norms, seed if walk else None, total if walk else None, chunks.table, chunks.first,
+        x, value, extra, *padding, states, norms, seed if walk else None, total if walk else None, chunks.table, chunks.first,
         tables.first, tables.second, tables.weight, tables.select,
         x.stride(0), x.stride(1), value.stride(0), value.stride(1), *extra_strides, packed,
         CHUNK=chunks.size, WALK=walk, REVERSE=reverse, NEED_TOTAL=need_total, **options, **launch,
