@@ -24,6 +24,7 @@ from plots import plot_lines
 from results_file import OURS, device_name, print_table, results_folder, row, write_results
 from timing import Ceilings, checked, measure_ceilings, random_inputs, relative_error
 
+from geobased.kernels.gated_short_convolution_ring_step import gated_short_convolution_ring_step
 from geobased.kernels.gated_short_convolution_step import gated_short_convolution_step
 from geobased.kernels.sliding_window_attention_step import sliding_window_attention_step
 from geobased.kernels.sliding_window_attention_step_reference import rotate
@@ -235,27 +236,30 @@ def window_attention_case(ceilings: Ceilings, batch: int, head_dim: int) -> Rows
 def convolution_case(ceilings: Ceilings, batch: int) -> Rows:
     benchmark = "gated_short_convolution_decode"
     case = {"batch_size": batch, "channels": CHANNELS, "kernel": KERNEL, "dtype": "bfloat16"}
-    floor = ceilings.floor_milliseconds(2 * CHANNELS * (batch * (3 + 2 * KERNEL) + KERNEL), 0)
+    # read: x, gate and all older inputs; written: y and the new input
+    floor = ceilings.floor_milliseconds(2 * CHANNELS * (batch * (3 + KERNEL) + KERNEL), 0)
     layers = layers_for(2 * batch * CHANNELS * (3 + KERNEL))
-    weight, *states = random_inputs((CHANNELS, KERNEL), *[(batch, CHANNELS, KERNEL)] * layers)
+    weight, *rings = random_inputs((CHANNELS, KERNEL), *[(batch, KERNEL, CHANNELS)] * layers)
     halves = [x.chunk(2, dim=-1) for x in random_inputs(*[(batch, 2 * CHANNELS)] * layers, seed=1)]
+    position = number(10 * KERNEL + 1)
     result = []
     for implementation, backend in ((OURS, "triton"), ("torch", "torch")):
-        step = functools.partial(gated_short_convolution_step, backend=backend)
-        state = states[0].clone()
-        exact, worst = state[:CHECKED].double(), 0.0
-        for x, gate in halves[: KERNEL + 2]:
+        step = functools.partial(gated_short_convolution_ring_step, backend=backend)
+        ring, worst = torch.zeros_like(rings[0]), 0.0
+        exact = torch.zeros(min(batch, CHECKED), CHANNELS, KERNEL, dtype=torch.float64, device="cuda")
+        for token in range(KERNEL + 2):
+            x, gate = halves[token % layers]
             inputs = [x[:CHECKED].double(), gate[:CHECKED].double(), weight.double(), exact]
             truth = gated_short_convolution_step(*inputs, backend="torch")
-            worst = max(worst, relative_error(step(x, gate, weight, state)[:CHECKED], truth))
+            worst = max(worst, relative_error(step(x, gate, weight, ring, number(token))[:CHECKED], truth))
         checked(worst, MAX_ERROR, implementation, benchmark, case)
-        milliseconds = graph_milliseconds([functools.partial(step, *x, weight, s) for x, s in zip(halves, states, strict=True)])
+        calls = [functools.partial(step, *x, weight, ring, position) for x, ring in zip(halves, rings, strict=True)]
         result.append(
             row(
                 benchmark,
                 case,
                 implementation,
-                milliseconds=milliseconds,
+                milliseconds=graph_milliseconds(calls),
                 tokens=batch,
                 floor_milliseconds=floor,
                 relative_error=worst,
@@ -266,7 +270,7 @@ def convolution_case(ceilings: Ceilings, batch: int) -> Rows:
 
 def cases(ceilings: Ceilings, quick: bool) -> dict[str, list[Callable[[], Rows]]]:
     batches, head_dims = ((1, 128), (112,)) if quick else (BATCHES, HEAD_DIMS)
-    shapes = [(batch, head_dim) for head_dim in head_dims for batch in batches]
+    shapes = [(batch, head_dim) for head_dim in head_dims for batch in (batches if head_dim == head_dims[0] else (128,))]
     dtypes = (torch.bfloat16, torch.float32)
     linear = functools.partial(linear_attention_case, ceilings)
     window = functools.partial(window_attention_case, ceilings)

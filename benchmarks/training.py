@@ -180,7 +180,7 @@ def main() -> None:
     def save(rows: list[dict[str, Any]]) -> Path:
         return write_results("training", rows, folder)
 
-    rows = run(("360m",) if arguments.quick else ("360m", "1.3b"), implementations, 5 if arguments.quick else 15, save)
+    rows = run(("360m",) if arguments.quick else ("360m", "1.3b"), implementations, 5 if arguments.quick else 10, save)
     for r in rows:
         case = f"{r['case']['model']:5s} T={r['case']['seq_len']:<6d} {r['implementation']:26s}"
         speed, memory = r["speed_relative_to_llama"], r["memory_relative_to_llama"]

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .taylor_linear_attention_launch import CHUNK, launch_options
 from .taylor_linear_attention_states_triton import (
-    ALL_PADDING,
     NO_PADDING,
+    SOME_PADDING,
     block_options,
     feature_tables,
     find_padding,
@@ -260,13 +260,14 @@ def output_kernel(
     if real_ptr is not None:
         real_ptr += base
         padding = tl.load(padding_ptr + chunk)
-        if padding != NO_PADDING:
-            full_end, diagonal_end = 0, tile
-            for key_tile in tl.range(0, tl.where(padding == ALL_PADDING, 0, tile + BLOCK_M), BLOCK_N, num_stages=1):
-                acc, den = add_keys(
-                    acc, den, q, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
-                    k_stride, v_stride, scale, True, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
-                )  # fmt: skip
+        full_end = tl.where(padding == NO_PADDING, tile, 0)
+        diagonal_end = tl.where(padding == NO_PADDING, tile + BLOCK_M, tile)
+        masked_end = tl.where(padding == SOME_PADDING, tile + BLOCK_M, 0)  # no `if`: see state_kernel
+        for key_tile in tl.range(0, masked_end, BLOCK_N, num_stages=1):
+            acc, den = add_keys(
+                acc, den, q, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length,
+                k_stride, v_stride, scale, True, True, D, D_PAD, DV, DV_PAD, DOT, PRECISION,
+            )  # fmt: skip
     for key_tile in tl.range(0, full_end, BLOCK_N, num_stages=NUM_STAGES):
         acc, den = add_keys(
             acc, den, q, k_ptr, v_ptr, real_ptr, tokens, key_tile + tl.arange(0, BLOCK_N), length, k_stride, v_stride, scale,

@@ -442,13 +442,14 @@ def state_kernel(
         if real_ptr is not None:
             padding = tl.load(padding_ptr + chunk)
             full_length = tl.where(padding == NO_PADDING, length, 0)
-            if padding == SOME_PADDING:
-                state, norm = add_tokens(
-                    state, norm, x_ptr + base * x_stride, value_ptr + base * value_stride, extra_base, real_ptr + base,
-                    first_ptr, second_ptr, select_i, select_j, constant_i, constant_j, has_constants,
-                    rows, length, x_stride, value_stride, extra_stride,
-                    D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_T, DOT, PRECISION, SELECT, True, 1,
-                )  # fmt: skip
+            # a loop of no turns, not an `if` around it: code that Triton 3.6 made of that read beyond its shared memory (float16)
+            masked_length = tl.where(padding == SOME_PADDING, length, 0)
+            state, norm = add_tokens(
+                state, norm, x_ptr + base * x_stride, value_ptr + base * value_stride, extra_base, real_ptr + base,
+                first_ptr, second_ptr, select_i, select_j, constant_i, constant_j, has_constants,
+                rows, masked_length, x_stride, value_stride, extra_stride,
+                D, D_PAD, DV, DV_PAD, P_PAD, BLOCK_T, DOT, PRECISION, SELECT, True, 1,
+            )  # fmt: skip
         state, norm = add_tokens(
             state, norm, x_ptr + base * x_stride, value_ptr + base * value_stride, extra_base, real_ptr,
             first_ptr, second_ptr, select_i, select_j, constant_i, constant_j, has_constants,
