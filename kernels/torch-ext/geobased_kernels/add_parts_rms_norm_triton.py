@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-NUM_WARPS = 8  # a row is short and rows are few: latency is what counts
+NUM_WARPS = 16  # a row is short and rows are few: latency is what counts
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 # a row of logits is long and rows are few: as many reads under way as a program can hold
-LAUNCH: dict[str, int] = dict(BLOCK=16384, num_warps=32)
+LAUNCH: dict[str, int] = dict(BLOCK=8192, num_warps=32)
 
 
 @triton.jit
