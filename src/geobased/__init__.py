@@ -1,8 +1,7 @@
-"""BASED language models inside the Hugging Face ecosystem.
+"""BASED language models and image geolocalization inside the Hugging Face ecosystem.
 
-Importing this package registers its models with transformers, so that `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
-`AutoModelForSequenceClassification` know them, its pipelines, and `attn_implementation="geobased"` for all models. Training,
-recall and the command line load on first use.
+Importing this package registers its models with transformers, so that the auto classes know them, its pipelines, and
+`attn_implementation="geobased"` for all models. Geography, training, recall and the command line load on first use.
 """
 
 from pathlib import Path
@@ -22,6 +21,13 @@ from .modeling_based import (
     BasedPreTrainedModel,
 )
 from .modeling_based.official_format import explain_official_checkpoints
+from .modeling_pigeon import (
+    AutoModelForImageGeolocalization,
+    PigeonConfig,
+    PigeonForImageGeolocalization,
+    register_pigeon,
+)
+from .modeling_streetclip import StreetCLIPConfig, StreetCLIPModel, register_streetclip
 from .pipelines import ContextQuestionAnsweringPipeline
 
 _CHECKPOINTS = Path(checkpoints.__file__).parent
@@ -37,6 +43,8 @@ for auto_class, model_class in (
     # saved models carry their code, so that they load without this package too
     model_class.register_for_auto_class(auto_class.__name__)
 explain_official_checkpoints()
+register_streetclip()
+register_pigeon()
 register_attention()
 PIPELINE_REGISTRY.register_pipeline(
     "context-question-answering",
@@ -63,6 +71,7 @@ def checkpoint_path(name: str = "based-mini") -> str:
 
 
 __all__ = [
+    "AutoModelForImageGeolocalization",
     "BasedCache",
     "BasedConfig",
     "BasedForCausalLM",
@@ -70,6 +79,10 @@ __all__ = [
     "BasedModel",
     "BasedPreTrainedModel",
     "ContextQuestionAnsweringPipeline",
+    "PigeonConfig",
+    "PigeonForImageGeolocalization",
+    "StreetCLIPConfig",
+    "StreetCLIPModel",
     "__version__",
     "checkpoint_path",
     "shipped_checkpoints",

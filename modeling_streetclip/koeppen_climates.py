@@ -1,0 +1,37 @@
+# Copyright 2026 The geobased authors. Licensed under the Apache License, Version 2.0.
+"""Köppen-Geiger climates in words."""
+
+# code: (a noun phrase, adjectives); the adjectives are the names of the classes in Beck et al. 2018
+KOEPPEN_CLIMATES = {
+    "Af": ("a tropical rainforest climate", "tropical, rainforest"),
+    "Am": ("a tropical monsoon climate", "tropical, monsoon"),
+    "As": ("a tropical savanna climate with a dry summer", "tropical, savanna"),
+    "Aw": ("a tropical savanna climate", "tropical, savanna"),
+    "BWh": ("a hot desert climate", "arid, desert, hot"),
+    "BWk": ("a cold desert climate", "arid, desert, cold"),
+    "BSh": ("a hot semi-arid climate", "arid, steppe, hot"),
+    "BSk": ("a cold semi-arid climate", "arid, steppe, cold"),
+    "Csa": ("a Mediterranean climate with a hot summer", "temperate, dry summer, hot summer"),
+    "Csb": ("a Mediterranean climate with a warm summer", "temperate, dry summer, warm summer"),
+    "Csc": ("a Mediterranean climate with a cold summer", "temperate, dry summer, cold summer"),
+    "Cwa": ("a humid subtropical climate with a dry winter", "temperate, dry winter, hot summer"),
+    "Cwb": ("a subtropical highland climate with a dry winter", "temperate, dry winter, warm summer"),
+    "Cwc": ("a cold subtropical highland climate with a dry winter", "temperate, dry winter, cold summer"),
+    "Cfa": ("a humid subtropical climate", "temperate, no dry season, hot summer"),
+    "Cfb": ("a temperate oceanic climate", "temperate, no dry season, warm summer"),
+    "Cfc": ("a subpolar oceanic climate", "temperate, no dry season, cold summer"),
+    "Dsa": ("a continental climate with a dry, hot summer", "cold, dry summer, hot summer"),
+    "Dsb": ("a continental climate with a dry, warm summer", "cold, dry summer, warm summer"),
+    "Dsc": ("a subarctic climate with a dry summer", "cold, dry summer, cold summer"),
+    "Dsd": ("a subarctic climate with a dry summer and a very cold winter", "cold, dry summer, very cold winter"),
+    "Dwa": ("a continental climate with a dry winter and a hot summer", "cold, dry winter, hot summer"),
+    "Dwb": ("a continental climate with a dry winter and a warm summer", "cold, dry winter, warm summer"),
+    "Dwc": ("a subarctic climate with a dry winter", "cold, dry winter, cold summer"),
+    "Dwd": ("a subarctic climate with a dry and very cold winter", "cold, dry winter, very cold winter"),
+    "Dfa": ("a humid continental climate with a hot summer", "cold, no dry season, hot summer"),
+    "Dfb": ("a humid continental climate with a warm summer", "cold, no dry season, warm summer"),
+    "Dfc": ("a subarctic climate", "cold, no dry season, cold summer"),
+    "Dfd": ("a subarctic climate with a very cold winter", "cold, no dry season, very cold winter"),
+    "ET": ("a tundra climate", "polar, tundra"),
+    "EF": ("an ice cap climate", "polar, frost"),
+}
