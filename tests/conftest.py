@@ -68,3 +68,66 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random `CLIPModel` for images of 28 pixels, with its image processor and a tokenizer of single characters.
+
+    Its weights are large, so that images and texts differ. Copy the folder before changing it.
+    """
+    import json
+
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-clip"
+    folder.mkdir()
+    characters = list(bytes_to_unicode().values())
+    words = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(words),
+            "eos_token_id": len(words) - 1,
+            "bos_token_id": len(words) - 2,
+            "max_position_embeddings": 160,
+        },
+        vision_config={**tower, "image_size": 28, "patch_size": 7},
+        projection_dim=16,
+        initializer_factor=3.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": 28, "width": 28}
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pigeon_dir(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random `PigeonForImageGeolocalization` on the tiny CLIP's vision tower, with its image processor.
+
+    Six geocells, around Lund, Paris, Lima, Tokyo, Nairobi, and in the middle of the Pacific. Copy the folder before changing it.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from geobased.modeling_pigeon import PigeonForImageGeolocalization
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = PigeonForImageGeolocalization.from_clip(str(tiny_clip_dir), num_cells=6, initializer_range=0.5)
+    places = [[55.70, 13.19], [48.86, 2.35], [-12.05, -77.04], [35.68, 139.69], [-1.29, 36.82], [-40.0, -130.0]]
+    model.set_geocells(torch.tensor(places, dtype=torch.float64), torch.full((6,), 30.0))
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-pigeon"
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil.from_pretrained(tiny_clip_dir).save_pretrained(folder)
+    return folder

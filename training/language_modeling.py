@@ -7,7 +7,6 @@
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from geobased.training.artifacts import DTYPES, plot_losses, save_final, versions, write_json
 from geobased.training.packing import (
@@ -42,9 +39,9 @@ from geobased.training.packing import (
     pack_documents,
     pack_text,
 )
+from geobased.training.run_control import FINAL_FOLDER, RunClock, checkpoint_to_resume
 
 LOG_FILE = "training_log.json"
-FINAL_FOLDER = "final"
 _SUMMARY = ("parameters", "steps", "stopped_early", "seconds", "tokens_per_second", "sources")
 
 
@@ -166,36 +163,24 @@ class LanguageModelingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class _Clock(TrainerCallback):
-    """Measures the training time and ends the run when its time is over."""
+class _Clock(RunClock):
+    """Measures the speed as well."""
 
     warmup_steps = 10
 
     def __init__(self, max_seconds: float | None) -> None:
-        self.max_seconds = max_seconds
-        self.started = self.seconds = 0.0
+        super().__init__(max_seconds)
         self.first_step = self.warm_step = 0
         self.warm_seconds = 0.0
-        self.stopped_early = False
-
-    def _elapsed(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - self.started
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started, self.first_step = time.perf_counter(), state.global_step
-        self.warm_step = self.first_step
+        super().on_train_begin(args, state, control)
+        self.first_step = self.warm_step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == self.first_step + self.warmup_steps:
-            self.warm_step, self.warm_seconds = state.global_step, self._elapsed()
-        late = self.max_seconds is not None and time.perf_counter() - self.started > self.max_seconds
-        if late and state.global_step < state.max_steps:
-            self.stopped_early = control.should_training_stop = control.should_save = True
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.seconds = self._elapsed()
+            self.warm_step, self.warm_seconds = state.global_step, self.elapsed()
+        super().on_step_end(args, state, control)
 
     def steps_per_second(self, last_step: int) -> float:
         """Speed without the first steps, which compile kernels, if there are later ones; evaluations included."""
@@ -268,19 +253,6 @@ def _schedule(arguments: LanguageModelingArguments, num_sources: int) -> Mixture
     return MixtureSchedule(tuple(start), tuple(arguments.final_mixture_weights or start), arguments.mixture_transition)
 
 
-def _last_checkpoint(arguments: LanguageModelingArguments) -> str | None:
-    """Checkpoint to go on from, after checking that the output folder fits `resume`."""
-    folder = Path(arguments.output_dir)  # type: ignore[arg-type]
-    checkpoint = get_last_checkpoint(arguments.output_dir) if folder.is_dir() else None
-    if arguments.resume:
-        if checkpoint is None:
-            raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint")
-        return checkpoint
-    if checkpoint is not None or (folder / FINAL_FOLDER).exists():
-        raise FileExistsError(f"{folder} holds an earlier run: choose another folder, or pass --resume to go on with it")
-    return None
-
-
 def _source_facts(sources: Sequence[TextTokens | DocumentBlocks]) -> list[dict[str, Any]]:
     return [
         {"kind": "text", "tokens": source.num_tokens}
@@ -323,7 +295,9 @@ def train(arguments: LanguageModelingArguments) -> dict[str, Any]:
         raise ValueError(f"save_dtype must be one of {', '.join(DTYPES)}, not {arguments.save_dtype!r}")
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     config = load_config(arguments.config, tokenizer, arguments.context_length)  # type: ignore[arg-type]
-    checkpoint = None if arguments.prepare_only else _last_checkpoint(arguments)
+    checkpoint = None
+    if not arguments.prepare_only:
+        checkpoint = checkpoint_to_resume(arguments.output_dir, arguments.resume)  # type: ignore[arg-type]
     sources, validation = load_sources(arguments, tokenizer)
     if arguments.prepare_only:
         return {"sources": _source_facts(sources)}

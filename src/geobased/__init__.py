@@ -1,7 +1,7 @@
 """BASED language models and image geolocalization inside the Hugging Face ecosystem.
 
-Importing this package registers its models with transformers, so that the auto classes know them, its pipelines, and
-`attn_implementation="geobased"` for all models. Geography, training, recall and the command line load on first use.
+Importing this package registers its models (BASED, StreetCLIP, PIGEON) with transformers' auto classes, its pipelines, and
+`attn_implementation="geobased"` for all models. Geocells, training, recall and the command line load on first use.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ from .modeling_pigeon import (
     register_pigeon,
 )
 from .modeling_streetclip import StreetCLIPConfig, StreetCLIPModel, register_streetclip
-from .pipelines import ContextQuestionAnsweringPipeline
+from .pipelines import ContextQuestionAnsweringPipeline, ImageGeolocalizationPipeline
 
 _CHECKPOINTS = Path(checkpoints.__file__).parent
 
@@ -51,6 +51,12 @@ PIPELINE_REGISTRY.register_pipeline(
     pipeline_class=ContextQuestionAnsweringPipeline,
     pt_model=AutoModelForCausalLM,
     type="text",
+)
+PIPELINE_REGISTRY.register_pipeline(
+    "image-geolocalization",
+    pipeline_class=ImageGeolocalizationPipeline,
+    pt_model=AutoModel,
+    type="image",
 )
 
 
@@ -79,6 +85,7 @@ __all__ = [
     "BasedModel",
     "BasedPreTrainedModel",
     "ContextQuestionAnsweringPipeline",
+    "ImageGeolocalizationPipeline",
     "PigeonConfig",
     "PigeonForImageGeolocalization",
     "StreetCLIPConfig",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import conversion, demo, doctor, generate, recall, train
+from . import conversion, demo, doctor, evaluate, generate, locate, recall, train, train_geolocation
 from .errors import ClearErrorsGroup
 from .options import EXIT_CODES, epilog, show_help
 
@@ -18,10 +18,13 @@ app = typer.Typer(
     invoke_without_command=True,
 )
 app.command("generate", epilog=epilog(*generate.EXAMPLES))(generate.generate)
+app.command("locate", epilog=epilog(*locate.EXAMPLES))(locate.locate)
+app.command("evaluate", epilog=epilog(*evaluate.EXAMPLES))(evaluate.evaluate)
 app.command("convert", epilog=epilog(*conversion.CONVERT_EXAMPLES))(conversion.convert)
 app.command("export", epilog=epilog(*conversion.EXPORT_EXAMPLES))(conversion.export)
 app.command("push", epilog=epilog(*conversion.PUSH_EXAMPLES))(conversion.push)
 app.command("doctor", epilog=epilog(*doctor.EXAMPLES))(doctor.doctor)
+train_geolocation.register(train.app)
 app.add_typer(train.app, name="train", epilog=EXIT_CODES)
 app.add_typer(recall.app, name="recall", epilog=EXIT_CODES)
 app.add_typer(demo.app, name="demo", epilog=EXIT_CODES)
@@ -43,7 +46,7 @@ def geobased(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """BASED language models: generate, convert, export, train and measure."""
+    """BASED language models and image geolocalization: generate, locate, convert, export, train and measure."""
     show_help(context)
 
 

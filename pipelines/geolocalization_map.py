@@ -1,0 +1,259 @@
+"""Maps of answers that open without a network: one HTML file with drawings in it, or a PNG."""
+
+import base64
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .geolocalization_answers import place_title
+
+SUFFIXES = (".html", ".png")
+# degrees: what is smaller cannot be seen on these maps
+SIMPLIFICATION, SMALLEST_AREA = 0.08, 0.01
+# images that get a map of their own in an HTML file; thousands would make it slow to open
+MAX_SECTIONS = 100
+EARTH_KM_PER_DEGREE = 111.195
+# a circle of a quarter of the way around is a hemisphere, and larger ones say nothing
+MAX_CIRCLE_KM = 9_900.0
+COLORS = ("#d1242f", "#bc4c00", "#9a6700", "#57606a", "#8c959f")
+STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;color:#222;background:#fff;max-width:66rem;margin:2rem auto;padding:0 1rem}
+section{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start;border-top:1px solid #ddd;padding:1rem 0}
+section>div{flex:1 1 22rem;min-width:0}
+h2{font-size:1.05rem;margin:0 0 .5rem;overflow-wrap:anywhere}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.15rem .6rem;text-align:right;border-bottom:1px solid #eee}
+th:nth-child(2),td:nth-child(2){text-align:left}
+svg{width:100%;height:auto;background:#eef4f9;border:1px solid #ccc}
+img{max-width:100%;max-height:14rem}
+.land{fill:#e5e3da;stroke:#aaa;stroke-width:.6;vector-effect:non-scaling-stroke}
+.radius{fill:#d1242f;fill-opacity:.1;stroke:#d1242f;stroke-width:1;vector-effect:non-scaling-stroke}
+.place{stroke:#fff;stroke-width:1;vector-effect:non-scaling-stroke}
+.note,footer{color:#666}
+"""
+
+
+@dataclass(frozen=True)
+class LocatedImage:
+    """An image on a map.
+
+    Args:
+        name: of the image.
+        predictions: what the pipeline gives for it, best first; empty if it could not be read.
+        error: why it could not be read.
+        thumbnail: a small JPEG, which the map then holds.
+    """
+
+    name: str
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+    thumbnail: bytes | None = None
+
+
+@lru_cache(maxsize=1)
+def country_outlines() -> list[np.ndarray]:
+    """Outer rings [points, 2] of all countries, (longitude, latitude) in degrees, simplified for maps of the world.
+
+    They are those of the world geocells that come with the package. Needs shapely.
+    """
+    import shapely
+
+    from geobased.geography.geocell_collection import Geocells
+
+    cells = Geocells.world()
+    countries = [
+        shapely.coverage_union_all(cells.polygons[cells.country_codes == code]) for code in np.unique(cells.country_codes)
+    ]
+    # borders stay shared, so that no gaps open between neighbours
+    parts = shapely.get_parts(shapely.coverage_simplify(np.array(countries, dtype=object), SIMPLIFICATION))
+    rings = shapely.get_exterior_ring(parts[shapely.area(parts) >= SMALLEST_AREA])
+    return [shapely.get_coordinates(ring) for ring in rings]
+
+
+def save_map(path: str | os.PathLike[str], images: Sequence[LocatedImage]) -> None:
+    """Draws where images may have been taken. The file appears complete or not at all and opens without a network.
+
+    Args:
+        path: ends in .html (a map of the world, then each image with its places and the best one's error radius) or .png (a map
+            of the world; needs matplotlib).
+
+    Raises `ValueError` for another ending.
+    """
+    path = Path(path)
+    check_map_path(path)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        if path.suffix.lower() == ".html":
+            partial.write_text(_html(images), encoding="utf-8")
+        else:
+            _png(partial, images)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_map_path(path: str | os.PathLike[str]) -> None:
+    """Raises `ValueError` unless a map can be written there: the ending is known and the folder exists."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"the map {path} must end in {' or '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the map {path} cannot be written: there is no folder {path.parent}")
+
+
+def circle_around(latitude: float, longitude: float, radius_km: float, points: int = 90) -> np.ndarray:
+    """Polygon [n, 2], (longitude, latitude) in degrees, of what lies within radius_km of a place on the sphere.
+
+    Longitudes run on across the date line, past 180. A circle with a pole in it is closed along the map's edge.
+    """
+    angle = np.radians(radius_km / EARTH_KM_PER_DEGREE)
+    bearing = np.linspace(0, 2 * np.pi, points + 1)
+    lat = np.radians(latitude)
+    sine = np.sin(lat) * np.cos(angle) + np.cos(lat) * np.sin(angle) * np.cos(bearing)
+    edge = np.arcsin(np.clip(sine, -1, 1))
+    turn = np.arctan2(np.sin(bearing) * np.sin(angle) * np.cos(lat), np.cos(angle) - np.sin(lat) * sine)
+    ring = np.stack([longitude + np.degrees(np.unwrap(turn)), np.degrees(edge)], axis=1)
+    if abs(ring[-1, 0] - ring[0, 0]) > 180:
+        pole = 90.0 if latitude >= 0 else -90.0
+        ring = np.concatenate([ring, [[ring[-1, 0], pole], [ring[0, 0], pole]]])
+    return ring
+
+
+# HTML
+
+
+def _html(images: Sequence[LocatedImage]) -> str:
+    located = [image for image in images if image.predictions]
+    failed = [image for image in images if not image.predictions]
+    land = "".join(f"M{_path(ring)}Z" for ring in country_outlines())
+    count = f"{len(located):,} image{'' if len(located) == 1 else 's'}"
+    parts = [
+        f"<h1>Where {count} may have been taken</h1>\n",
+        f'<svg width="0" height="0" style="position:absolute"><defs><path id="land" class="land" d="{land}"/></defs></svg>\n',
+        _world(located),
+        *(_section(image) for image in located[:MAX_SECTIONS]),
+    ]
+    if len(located) > MAX_SECTIONS:
+        parts.append(f'<p class="note">{len(located) - MAX_SECTIONS:,} more images are on the map of the world alone.</p>\n')
+    if failed:
+        rows = "".join(f"<li>{escape(image.name)}: {escape(image.error or 'no place')}</li>" for image in failed)
+        parts.append(f"<h2>Not located</h2><ul>{rows}</ul>\n")
+    parts.append(
+        "<footer><p>Places are a model's guesses from pixels alone. Borders: Natural Earth (public domain), simplified."
+        "</p></footer>\n"
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>Where {count} may have been taken</title><style>{STYLE}</style></head>\n<body>\n{''.join(parts)}</body></html>\n"
+    )
+
+
+def _path(points: np.ndarray) -> str:
+    """Points (longitude, latitude) as SVG has them: y grows downwards."""
+    return "L".join(f"{x:.2f} {-y:.2f}" for x, y in points.tolist())
+
+
+def _world(located: Sequence[LocatedImage]) -> str:
+    marks = []
+    for image in located:
+        best = image.predictions[0]
+        title = f"{image.name}: {place_title(best)}, {best['score']:.1%}"
+        marks.append(
+            f'<circle class="place" cx="{best["longitude"]:.3f}" cy="{-best["latitude"]:.3f}" r="1.6" fill="{COLORS[0]}">'
+            f"<title>{escape(title)}</title></circle>"
+        )
+    return (
+        '<svg viewBox="-180 -84 360 142" role="img" aria-label="map of the world with the best place of each image">'
+        f'<use href="#land"/>{"".join(marks)}</svg>\n'
+    )
+
+
+def _section(image: LocatedImage) -> str:
+    picture = ""
+    if image.thumbnail is not None:
+        data = base64.b64encode(image.thumbnail).decode("ascii")
+        picture = f'<img alt="" src="data:image/jpeg;base64,{data}">'
+    rows = "".join(
+        f"<tr><td>{rank}</td><td>{escape(place_title(place))}</td><td>{place['score']:.1%}</td>"
+        f"<td>{place['latitude']:.3f}, {place['longitude']:.3f}</td><td>{place['error_radius_km']:,.0f} km</td></tr>"
+        for rank, place in enumerate(image.predictions, 1)
+    )
+    note = '<p class="note">The model would rather not say: the answer is too uncertain.</p>' if _abstains(image) else ""
+    return (
+        f"<section><div><h2>{escape(image.name)}</h2>{picture}{note}<table><thead><tr><th></th><th>place</th><th>probability</th>"
+        f"<th>latitude, longitude</th><th>radius</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<div>{_close_up(image)}</div></section>\n"
+    )
+
+
+def _abstains(image: LocatedImage) -> bool:
+    return bool(image.predictions[0].get("abstain"))
+
+
+def _close_up(image: LocatedImage) -> str:
+    """The part of the world that shows the best place with its radius, and the other places near it."""
+    best = image.predictions[0]
+    latitude, longitude, radius = best["latitude"], best["longitude"], best["error_radius_km"]
+    reach = min(max(2.0 * radius / EARTH_KM_PER_DEGREE, 5.0), 60.0)
+    # a degree of longitude is shorter away from the equator
+    narrow = max(np.cos(np.radians(latitude)), 0.2)
+
+    def x(degrees: float) -> float:
+        return narrow * (longitude + (degrees - longitude + 180) % 360 - 180)
+
+    left, width = narrow * longitude - 1.4 * reach, 2.8 * reach
+    copies = "".join(f'<use href="#land" x="{shift}"/>' for shift in (-360, 0, 360))
+    circle = ""
+    if radius < MAX_CIRCLE_KM:
+        circle = f'<path class="radius" d="M{_path(circle_around(latitude, longitude, radius))}Z"/>'
+    marks = [
+        f'<circle class="place" cx="{x(place["longitude"]):.3f}" cy="{-place["latitude"]:.3f}"'
+        f' r="{reach / 40 * (1.4 if rank == 0 else 1):.3f}" fill="{COLORS[min(rank, len(COLORS) - 1)]}">'
+        f"<title>{rank + 1}. {escape(place_title(place))}, {place['score']:.1%}</title></circle>"
+        for rank, place in reversed(list(enumerate(image.predictions)))
+    ]
+    return (
+        f'<svg viewBox="{left:.3f} {-latitude - reach:.3f} {width:.3f} {2 * reach:.3f}" role="img"'
+        f' aria-label="map around {escape(place_title(best))}"><g transform="scale({narrow:.4f} 1)">{copies}{circle}</g>'
+        f"{''.join(marks)}</svg>"
+    )
+
+
+# PNG
+
+
+def _png(path: Path, images: Sequence[LocatedImage]) -> None:
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+
+    located = [image for image in images if image.predictions]
+    figure = Figure(figsize=(12, 4.9), layout="constrained")
+    axes = figure.add_subplot(aspect="equal", xlim=(-180, 180), ylim=(-58, 84), facecolor="#eef4f9", xticks=[], yticks=[])
+    axes.add_collection(PolyCollection(country_outlines(), facecolors="#e5e3da", edgecolors="#aaaaaa", linewidths=0.3))
+    for number, image in enumerate(located, 1):
+        best = image.predictions[0]
+        if best["error_radius_km"] < MAX_CIRCLE_KM:
+            circle = circle_around(best["latitude"], best["longitude"], best["error_radius_km"])
+            # the part beyond the date line is the copy's
+            rings = [circle + (shift, 0) for shift in (-360, 0, 360)]
+            axes.add_collection(PolyCollection(rings, facecolors="#d1242f18", edgecolors="#d1242f", linewidths=0.6))
+        for rank, place in reversed(list(enumerate(image.predictions))):
+            size, color = (28 if rank == 0 else 10), COLORS[min(rank, len(COLORS) - 1)]
+            axes.scatter(place["longitude"], place["latitude"], s=size, c=color, edgecolors="white", linewidths=0.5, zorder=3)
+        if 1 < len(located) <= MAX_SECTIONS:
+            place_of_text = (best["longitude"], best["latitude"])
+            axes.annotate(str(number), place_of_text, xytext=(4, 4), textcoords="offset points", fontsize=7, zorder=4)
+    if len(located) == 1:
+        best = located[0].predictions[0]
+        axes.set_title(f"{place_title(best)} ({best['score']:.1%}, within {best['error_radius_km']:,.0f} km)", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+__all__ = ["LocatedImage", "check_map_path", "circle_around", "country_outlines", "save_map"]

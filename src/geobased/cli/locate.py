@@ -1,0 +1,215 @@
+"""`geobased locate`: where images were taken."""
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import BAD_INPUT, FAILURE, CommandError, one_line
+from .options import Debug, Device
+from .sources import loading, parse_device, parse_dtype, quiet_transformers, resolve_model
+
+if TYPE_CHECKING:
+    from geobased.pipelines import ImageGeolocalizationPipeline
+
+EXAMPLES = (
+    "geobased locate photo.jpg --model geolocal/StreetCLIP",
+    "geobased locate *.jpg --model ./my-pigeon --top-k 3 --map places.html",
+    "geobased locate https://example.org/photo.jpg --model ./my-pigeon --json",
+)
+LEVEL_NAMES = ("country", "region", "city")
+# fewer take seconds
+PROGRESS_FROM = 8
+THUMBNAIL_PIXELS = 360
+NO_MODEL = (
+    "no model for image geolocalization ships with geobased yet: pass --model with a folder or a Hub id of a PIGEON model,"
+    " StreetCLIP (geolocal/StreetCLIP) or another CLIP"
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A folder or Hub id: PIGEON, StreetCLIP or another CLIP. Needed.", show_default=False),
+]
+Levels = Annotated[
+    str | None,
+    typer.Option(
+        help="Zero-shot search: the way down, such as country or country,region,city; country,city if not given.",
+        show_default=False,
+    ),
+]
+Beam = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Zero-shot search: places of each level that are gone on from; 1 is fastest. All if not given.",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads that decode images; one per core if not given.", show_default=False)
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto: the checkpoint's, on a CPU float32.")]
+
+
+def locate(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files or URLs.")],
+    model: Model = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Places to show of each image.")] = 5,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    map_file: Annotated[
+        Path | None, typer.Option("--map", help="Draw a map: .html (opens offline) or .png.", show_default=False)
+    ] = None,
+    levels: Levels = None,
+    beam: Beam = None,
+    batch_size: BatchSize = 16,
+    threads: Threads = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Tell where images were taken, by their pixels alone.
+
+    Shows the likeliest places of each image with their probabilities and error radii. EXIF data is never used nor shown. An image
+    that cannot be read is reported and the others go on; the exit code is then 2.
+    """
+    if map_file is not None:
+        from geobased.pipelines.geolocalization_map import check_map_path
+
+        check_map_path(map_file)
+    pipe = load_geolocalizer(model, levels, beam, device, dtype)
+    results = locate_images(pipe, images, batch_size, threads, top_k=top_k)
+    report = [_entry(name, result) for name, result in zip(images, results, strict=True)]
+    if map_file is not None:
+        _draw(map_file, report)
+    if json_output:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        _show(report)
+    failed = [entry for entry in report if "error" in entry]
+    for entry in failed:
+        print(f"error: {entry['error']}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(BAD_INPUT)
+
+
+def load_geolocalizer(
+    model: str | None, levels: str | None, beam: int | None, device: str, dtype: str
+) -> "ImageGeolocalizationPipeline":
+    """The pipeline for a model; all that can be wrong with it ends in a sentence."""
+    if model is None:
+        raise CommandError(NO_MODEL)
+    names = None if levels is None else [name.strip() for name in levels.split(",")]
+    if unknown := [name for name in names or [] if name not in LEVEL_NAMES]:
+        raise CommandError(f"--levels has {unknown[0]!r}: give some of {', '.join(LEVEL_NAMES)}, separated by commas")
+    wanted, place, source = parse_dtype(dtype), parse_device(device), resolve_model(model)
+
+    import torch
+    from transformers import AutoConfig, pipeline
+
+    from geobased.pipelines import ImageGeolocalizationPipeline
+
+    with loading(model, source):
+        if wanted == "auto" and place.type == "cpu":
+            stored = AutoConfig.from_pretrained(source).dtype
+            wanted = torch.float32 if stored in (None, torch.float16, torch.bfloat16) else wanted
+        # the class is given so that a folder which brings a copy of it loads without running that
+        pipe: Any = pipeline(
+            "image-geolocalization",  # type: ignore[call-overload]
+            model=source,
+            pipeline_class=ImageGeolocalizationPipeline,
+            device=place,
+            dtype=wanted,
+            trust_remote_code=False,
+            levels=names,
+            beam=beam,
+        )
+    return pipe
+
+
+def locate_images(
+    pipe: "ImageGeolocalizationPipeline", images: Sequence[Any], batch_size: int, threads: int | None, **options: Any
+) -> list[Any]:
+    """What the pipeline gives for each image, with a progress bar where there are many."""
+    from tqdm import tqdm
+
+    try:
+        with quiet_transformers():
+            # an iterator, so that results come as they are ready
+            answers = pipe(iter(images), batch_size=min(batch_size, len(images)), num_workers=threads, **options)
+            few = len(images) < PROGRESS_FROM
+            return list(tqdm(answers, total=len(images), desc="locating", unit="image", disable=few))
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:
+        raise CommandError(one_line(error), FAILURE) from error
+
+
+def _entry(image: str, result: Any) -> dict[str, Any]:
+    if isinstance(result, dict):
+        return {"image": image, "predictions": [], "error": result["error"]}
+    return {"image": image, "predictions": result, "abstain": result[0]["abstain"]}
+
+
+def _show(report: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from geobased.pipelines.geolocalization_answers import place_title
+
+    # a pipe gets whole lines, a terminal what fits
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for entry in report:
+        if "error" in entry:
+            continue
+        title = Text(entry["image"], style="bold")
+        if entry["abstain"]:
+            title.append("  too uncertain: the model would rather not say", style="not bold yellow")
+        # not the table's own title, which would be broken to the table's width
+        console.print(title, soft_wrap=True)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("", justify="right")
+        table.add_column("place", overflow="fold")
+        for heading in ("probability", "latitude", "longitude", "radius"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for rank, place in enumerate(entry["predictions"], 1):
+            numbers = (f"{place['latitude']:.4f}", f"{place['longitude']:.4f}", f"{place['error_radius_km']:,.0f} km")
+            table.add_row(str(rank), Text(place_title(place)), f"{place['score']:.1%}", *numbers)
+        console.print(table)
+
+
+def _draw(path: Path, report: list[dict[str, Any]]) -> None:
+    from geobased.pipelines.geolocalization_map import MAX_SECTIONS, LocatedImage, save_map
+
+    shown = path.suffix.lower() == ".html"
+    images = [
+        LocatedImage(
+            entry["image"],
+            entry["predictions"],
+            entry.get("error"),
+            _thumbnail(entry["image"]) if shown and entry["predictions"] and number < MAX_SECTIONS else None,
+        )
+        for number, entry in enumerate(report)
+    ]
+    save_map(path, images)
+    print(f"map: {path}", file=sys.stderr)
+
+
+def _thumbnail(image: str) -> bytes | None:
+    """A small JPEG of the pixels alone; none of what would have to be downloaded again."""
+    from PIL import Image
+
+    from geobased.modeling_streetclip.image_decoding import decode_image
+
+    if not Path(image).is_file():
+        return None
+    picture = Image.fromarray(decode_image(image, jpeg_edge=THUMBNAIL_PIXELS).permute(1, 2, 0).numpy())
+    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return file.getvalue()
