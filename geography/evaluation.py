@@ -7,11 +7,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
+
+from geobased.whole_file import whole_file
 
 from .calibration import expected_calibration_error, reliability_table, risk_coverage_curve
 from .coordinates import EARTH_RADIUS_KM, check_coordinates, haversine_km
@@ -99,7 +100,9 @@ class EvaluationResult:
 
     def save_json(self, path: str | os.PathLike[str], *, images: bool = False) -> None:
         """Writes `to_dict` as JSON; the file appears complete or not at all."""
-        _write(Path(path), json.dumps(self.to_dict(images=images), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(self.to_dict(images=images), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def save_html(
         self,
@@ -116,7 +119,8 @@ class EvaluationResult:
             outlines: rings [points, 2] of (longitude, latitude) that the map shows, coasts or borders.
             max_groups: rows of each table of groups; the report says how many it leaves out.
         """
-        _write(Path(path), _html(self, title, outlines, max_groups))
+        with whole_file(path) as temporary:
+            temporary.write_text(_html(self, title, outlines, max_groups), encoding="utf-8")
 
 
 def evaluate(
@@ -336,15 +340,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # the report

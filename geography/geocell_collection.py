@@ -1,6 +1,5 @@
 """Geocells as a model uses them: where a point belongs, where a cell lies, and what is known about it."""
 
-import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from geobased.geography.coordinates import check_coordinates
 from geobased.geography.geocell_format import decode_polygons, encode_polygons, pack, unpack
 from geobased.geography.polygon_distance import PolygonIndex
+from geobased.whole_file import whole_file
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -144,13 +144,8 @@ class Geocells:
             "texts": {name: [str(text) for text in values] for name, values in texts.items()},
             "metadata": self.metadata,
         }
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with whole_file(path) as temporary:
             temporary.write_bytes(pack(sections, header))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Geocells":
@@ -201,15 +196,11 @@ class Geocells:
         if path.suffix not in (".parquet", ".geojson"):
             raise ValueError(f"{path.name} must end in .parquet (GeoParquet) or .geojson")
         frame = self.to_geodataframe()
-        temporary = path.with_name(f".{os.getpid()}.{path.name}")
-        try:
+        with whole_file(path) as temporary:
             if path.suffix == ".parquet":
                 frame.to_parquet(temporary, index=False)
             else:
                 frame.to_file(temporary, driver="GeoJSON", COORDINATE_PRECISION=self.decimals)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def plot(self, values: "ArrayLike | None" = None, *, ax: Any = None, label: str | None = None, log: bool = True) -> Any:
         """Map of the cells with matplotlib.

@@ -7,7 +7,6 @@ docstring of `create_geocells`.
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from geobased.geography.geocell_collection import CENTROID_DECIMALS, RADIUS_DECI
 from geobased.geography.geocell_merge import CountryFrame, WorkingCell, merge_small_cells
 from geobased.geography.geocell_split import PIGEON_OPTICS, PIGEOTTO_OPTICS, SplitSettings, split_large_cells
 from geobased.geography.polygon_distance import PolygonIndex
+from geobased.whole_file import whole_file
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -271,9 +271,8 @@ def _country_from_checkpoint(
         return list(shapely.from_wkb(stored["polygons"])), stored["counts"]
     polygons, counts = _cells_of_country(*inputs)
     stored = {"country": country, "counts": counts, "polygons": [shapely.to_wkb(polygon, hex=True) for polygon in polygons]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(stored), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(stored), encoding="utf-8")
     return polygons, counts
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from geobased.whole_file import whole_file
+
 from .geolocalization_answers import place_title
 
 SUFFIXES = (".html", ".png")
@@ -87,15 +89,11 @@ def save_map(path: str | os.PathLike[str], images: Sequence[LocatedImage]) -> No
     """
     path = Path(path)
     check_map_path(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with whole_file(path) as temporary:
         if path.suffix.lower() == ".html":
-            partial.write_text(_html(images), encoding="utf-8")
+            temporary.write_text(_html(images), encoding="utf-8")
         else:
-            _png(partial, images)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            _png(temporary, images)
 
 
 def check_map_path(path: str | os.PathLike[str]) -> None:

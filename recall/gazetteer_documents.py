@@ -11,7 +11,6 @@ the record is the only way to an answer.
 """
 
 import json
-import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from geobased.recall.places import Place, load_places
+from geobased.whole_file import whole_file
 
 LAYOUTS = ("prose", "statements", "card", "bullets", "table")
 LAYOUT_WEIGHTS = (3, 3, 3, 2, 2)
@@ -344,22 +344,21 @@ def write_documents(arguments: WriteDocumentsArguments) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     size = 500
     chunks = [(i, min(size, arguments.num_documents - i)) for i in range(0, arguments.num_documents, size)]
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     work = partial(_lines, arguments)
-    try:
-        with open(temporary, "w", encoding="utf-8") as file, tqdm(total=arguments.num_documents, unit="doc") as progress:
-            if arguments.num_workers > 1:
-                with ProcessPoolExecutor(arguments.num_workers) as pool:
-                    for chunk, text in zip(chunks, pool.map(work, chunks), strict=True):
-                        file.write(text)
-                        progress.update(chunk[1])
-            else:
-                for chunk in chunks:
-                    file.write(work(chunk))
+    with (
+        whole_file(output) as temporary,
+        open(temporary, "w", encoding="utf-8") as file,
+        tqdm(total=arguments.num_documents, unit="doc") as progress,
+    ):
+        if arguments.num_workers > 1:
+            with ProcessPoolExecutor(arguments.num_workers) as pool:
+                for chunk, text in zip(chunks, pool.map(work, chunks), strict=True):
+                    file.write(text)
                     progress.update(chunk[1])
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+        else:
+            for chunk in chunks:
+                file.write(work(chunk))
+                progress.update(chunk[1])
     return {**asdict(arguments), "bytes": output.stat().st_size}
 
 

@@ -2,18 +2,18 @@
 
 import copy
 import json
-import os
 import platform
-import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from geobased.modeling_based.whole_folder import whole_folder
+from geobased.whole_file import whole_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,29 +39,27 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, default=str)
-            file.write("\n")
-        # mkstemp makes files that only their owner can read
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, dtype: str = "float32") -> Path:
-    """Save model and tokenizer into a folder that appears only when complete; an older one is replaced.
+def save_model_folder(
+    model: PreTrainedModel, parts: Sequence[Any], folder: str | Path, dtype: str = "float32", card: str | None = None
+) -> Path:
+    """Save a model with what belongs to it into a folder that appears only when complete; an older one is replaced.
 
     Args:
+        parts: tokenizer, image processor and the like: what has `save_pretrained`.
         dtype: "float32" or "bfloat16", of the stored weights; the model itself is left as it is.
+        card: text of README.md, if there shall be one.
     """
     folder = Path(folder)
     with whole_folder(folder) as temporary:
         copy.deepcopy(model).to("cpu", DTYPES[dtype]).save_pretrained(temporary)  # type: ignore[arg-type]
-        tokenizer.save_pretrained(temporary)
+        for part in parts:
+            part.save_pretrained(temporary)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         # safetensors leaves what only its owner can read
         for path in temporary.iterdir():
             path.chmod(0o644)
@@ -97,4 +95,4 @@ def plot_losses(history: list[dict[str, float]], path: str | Path) -> bool:
     return True
 
 
-__all__ = ["DTYPES", "plot_losses", "save_final", "versions", "write_json"]
+__all__ = ["DTYPES", "plot_losses", "save_model_folder", "versions", "write_json"]

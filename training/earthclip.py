@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokeniz
 
 from geobased.modeling_pigeon.modeling_pigeon import PigeonForImageGeolocalization
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
-from geobased.training.artifacts import versions, write_json
+from geobased.training.artifacts import save_model_folder, versions, write_json
 from geobased.training.earth_sampling import CropSettings
 from geobased.training.earthclip_card import earthclip_card
 from geobased.training.earthclip_data import (
@@ -57,7 +57,6 @@ from geobased.training.earthclip_stages import (
     new_pigeon,
     pigeon_loss,
 )
-from geobased.training.geolocation_runs import save_model_folder
 
 # of the seconds; the rest is for drawing places, prototypes and evaluation
 CLIP_SHARE, PIGEON_SHARE = 0.35, 0.5
@@ -145,11 +144,11 @@ class EarthclipRun:
         train = self._set("train", self.preset.train_places, self.preset.caption_draws)
         clip, tokenizer = self._clip(train)
         # an untrained CLIP is saved too: every run leaves the same folders
-        clip_folder = save_model_folder(clip, [tokenizer, self.processor], self.output / "streetclip", "bfloat16", "")
+        clip_folder = save_model_folder(clip, [tokenizer, self.processor], self.output / "streetclip", "bfloat16")
         table = cell_table(self.data.cells, train, self.arguments.ablation == "naive_cells")
         pigeon = self._pigeon(clip, train, table)
         prototypes, calibration = self._finish(pigeon, train, table, _bytes(clip_folder))
-        pigeon_folder = save_model_folder(pigeon, [self.processor], self.output / "pigeon", "bfloat16", "")
+        pigeon_folder = save_model_folder(pigeon, [self.processor], self.output / "pigeon", "bfloat16")
         sets = self._evaluate(train, table)
         sizes = {folder.name: _bytes(folder) for folder in (clip_folder, pigeon_folder)}
         evaluation = {

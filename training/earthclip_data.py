@@ -5,8 +5,6 @@ and captions are drawn before training, captions are tokenized once each, and a 
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from geobased.geography.boundaries import read_boundaries
 from geobased.geography.geocell_collection import Geocells
@@ -26,13 +25,13 @@ from geobased.training.earth_projection import EarthImage
 from geobased.training.earth_sampling import CropSettings, EarthPlaces, EarthSampler
 from geobased.training.geolocation_splits import BlockHoldout
 from geobased.training.tokenization import END_OF_TEXT, train_tokenizer
+from geobased.whole_file import whole_file
 
 TEST_FRACTION = 0.1
 CALIBRATION_FRACTION = 0.05
 # numbers of crops of seen areas from here on are not trained on
 SEEN_TEST, SEEN_VALIDATION = 1_000_000_000, 2_000_000_000
 PLACES_PER_CHUNK = 4096
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,9 @@ class CropSet:
     def save(self, path: Path) -> None:
         """Writes everything to an .npz file, which appears whole or not at all."""
         arrays = {field.name: getattr(self.places, field.name) for field in fields(self.places)}
-        descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".npz", dir=path.parent)
-        os.close(descriptor)
-        try:
-            captions = np.array(json.dumps(self.captions))
+        captions = np.array(json.dumps(self.captions))
+        with whole_file(path) as temporary:
             np.savez(temporary, countries=self.countries, captions=captions, caption_ids=self.caption_ids, **arrays)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: Path) -> "CropSet":
@@ -133,7 +125,9 @@ class EarthData:
         self.test_blocks = BlockHoldout(fraction=TEST_FRACTION, seed=settings.seed)
         self.all_blocks = BlockHoldout(fraction=TEST_FRACTION + CALIBRATION_FRACTION, seed=settings.seed)
         device = self.image.device
-        self._mean, self._std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        )
 
     def _crops(self, side: str, holdout: BlockHoldout) -> EarthCrops:
         sampler = EarthSampler(

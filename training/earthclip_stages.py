@@ -6,8 +6,6 @@ meanwhile; and a step of a model this small is short beside collating its thousa
 
 import hashlib
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,23 +20,20 @@ from tqdm.auto import tqdm
 
 from geobased.geography.coordinates import grouped_spherical_means, haversine_km
 from geobased.geography.geocell_collection import Geocells
-from geobased.geography.geocells import create_naive_geocells
+from geobased.geography.geocells import RADIUS_SHARE, create_naive_geocells
 from geobased.modeling_pigeon.modeling_pigeon import PigeonForImageGeolocalization
 from geobased.modeling_streetclip.configuration_streetclip import StreetCLIPConfig
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
 from geobased.training.earthclip_data import CropSet, EarthData
 from geobased.training.pigeon_labels import standardise_heads
-from geobased.training.streetclip_loss import contrastive_loss
+from geobased.training.streetclip_loss import MAX_LOGIT_SCALE, contrastive_loss
+from geobased.whole_file import whole_file
 
 ABLATIONS = ("no_smoothing", "naive_cells", "no_pretraining", "no_multitask", "no_refinement")
 CHECKPOINT_SECONDS = 60.0
 # steps that tell the speed; the first of them are slower
 TRIAL_STEPS, TRIAL_SKIPPED = 25, 5
 LOG_STEPS = 20
-# CLIP's: exp(4.6) = 100
-MAX_LOGIT_SCALE = math.log(100)
-# of the cells' radii (`Geocells.radii_km`)
-RADIUS_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -117,20 +112,6 @@ def new_clip(preset: EarthclipPreset, pad: int, end: int) -> StreetCLIPModel:
     return StreetCLIPModel(StreetCLIPConfig(text_config=text, vision_config=vision, projection_dim=preset.projection_dim))
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Saves tensors so that the file is either the old one or the whole new one."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    try:
-        torch.save(state, temporary)
-        # mkstemp makes files that only their owner can read
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def step_generator(seed: int, stage: str, step: int) -> np.random.Generator:
     """Random numbers of a step: a resumed run has the same without a state that would have to be kept."""
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(stage.encode()).digest()[:4], "big"), step])
@@ -191,7 +172,8 @@ def fit(
         now = spent + time.monotonic() - begun
         # a finished stage needs no optimizer
         state = {"step": step, "steps": steps, "seconds": now, "losses": losses, "model": model.state_dict()}
-        write_state(path, state if done else {**state, "optimizer": optimizer.state_dict()})
+        with whole_file(path) as temporary:
+            torch.save(state if done else {**state, "optimizer": optimizer.state_dict()}, temporary)
 
     bar = tqdm(total=steps, initial=step, desc=stage, unit="step", disable=not progress)
     first = step
@@ -357,5 +339,4 @@ __all__ = [
     "new_clip",
     "new_pigeon",
     "pigeon_loss",
-    "write_state",
 ]

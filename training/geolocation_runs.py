@@ -1,23 +1,18 @@
 """What the geolocalization trainings share: arguments about data, the hold-out and resuming, and what a run leaves behind."""
 
-import copy
 import csv
-import os
-import tempfile
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from geobased.modeling_based.whole_folder import whole_folder
-from geobased.training.artifacts import DTYPES
 from geobased.training.geolocation_dataset import REPORT_FILE, SkippedImages
 from geobased.training.geolocation_splits import BlockHoldout
 from geobased.training.run_control import RunClock
+from geobased.whole_file import whole_file
 
 LOG_FILE, CURVE_FILE, PLOT_FILE = "training_log.json", "learning_curve.csv", "learning_curve.png"
 _PANELS = ("loss", "accuracy, %", "kilometres", "GeoScore")
@@ -81,20 +76,6 @@ def skipped_images(arguments: GeolocationArguments) -> SkippedImages:
     return SkippedImages(path)
 
 
-def save_model_folder(model: PreTrainedModel, parts: Sequence[Any], folder: str | Path, dtype: str, card: str) -> Path:
-    """Saves a model with its processors (what has `save_pretrained`) and card; the folder appears complete or not at all."""
-    folder = Path(folder)
-    with whole_folder(folder) as temporary:
-        copy.deepcopy(model).to("cpu", DTYPES[dtype]).save_pretrained(temporary)  # type: ignore[arg-type]
-        for part in parts:
-            part.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        # safetensors leaves what only its owner can read
-        for path in temporary.iterdir():
-            path.chmod(0o644)
-    return folder
-
-
 def write_curve(history: list[dict[str, Any]], path: str | Path) -> None:
     """Learning curve as csv: a row per step, a column per measured number, written whole or not at all."""
     path = Path(path)
@@ -105,18 +86,10 @@ def write_curve(history: list[dict[str, Any]], path: str | Path) -> None:
     left_out = ("step", "epoch", "runtime", "_per_second", "total_flos", "train_loss")
     names = sorted({name for row in rows.values() for name in row if not name.endswith(left_out)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["step", *names], extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows[step] for step in sorted(rows))
-        # mkstemp makes files that only their owner can read
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["step", *names], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[step] for step in sorted(rows))
 
 
 def plot_curve(history: list[dict[str, Any]], path: str | Path) -> bool:
@@ -146,13 +119,8 @@ def plot_curve(history: list[dict[str, Any]], path: str | Path) -> bool:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
+    with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 
@@ -197,7 +165,6 @@ __all__ = [
     "OrderedTrainer",
     "check_steps",
     "plot_curve",
-    "save_model_folder",
     "skipped_images",
     "write_curve",
 ]

@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from geobased.training.artifacts import DTYPES, plot_losses, save_final, versions, write_json
+from geobased.training.artifacts import DTYPES, plot_losses, save_model_folder, versions, write_json
 from geobased.training.packing import (
     DocumentBlocks,
     MixtureDataset,
@@ -348,7 +348,8 @@ def train(arguments: LanguageModelingArguments) -> dict[str, Any]:
     }
     if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir)  # type: ignore[arg-type]
-        save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder / FINAL_FOLDER, arguments.save_dtype)
+        final = trainer.accelerator.unwrap_model(trainer.model)
+        save_model_folder(final, [tokenizer], folder / FINAL_FOLDER, arguments.save_dtype)
         write_json(folder / LOG_FILE, log)
         plot_losses(trainer.state.log_history, folder / "loss.png")
     return log

@@ -7,7 +7,6 @@ each file are JSON in its metadata.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from geobased.modeling_streetclip.image_decoding import ImageSource, UnreadableI
 from geobased.training.artifacts import write_json
 from geobased.training.geolocation_dataset import Preprocessor
 from geobased.training.geolocation_sources import GeolocationSource, JoinedSources, Value, open_sources
+from geobased.whole_file import whole_file
 
 MANIFEST = "manifest.json"
 STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -158,13 +158,10 @@ def _embed(
 
 
 def _write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata)
+        # safetensors leaves what only its owner can read
         temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from geobased.geography.geocell_collection import Geocells
 from geobased.modeling_pigeon import PigeonForImageGeolocalization, build_prototypes
 from geobased.modeling_streetclip.image_processing_gpu import GpuImagePreprocessor
-from geobased.training.artifacts import DTYPES, versions, write_json
+from geobased.training.artifacts import DTYPES, save_model_folder, versions, write_json
 from geobased.training.geolocation_card import model_card
 from geobased.training.geolocation_dataset import (
     GeolocationRows,
@@ -40,7 +40,6 @@ from geobased.training.geolocation_runs import (
     OrderedTrainer,
     check_steps,
     plot_curve,
-    save_model_folder,
     skipped_images,
 )
 from geobased.training.geolocation_sources import GeolocationSource, RecordStream, open_sources

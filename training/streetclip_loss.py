@@ -6,6 +6,7 @@ computed in chunks without a graph, the loss's gradient by them is taken, and ea
 numbers, to pass that gradient on. Memory is that of a chunk; the cost is one more forward pass.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+MAX_LOGIT_SCALE = math.log(100)  # CLIP never multiplies cosines by more
 Embed = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 
 

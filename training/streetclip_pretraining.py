@@ -9,7 +9,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from transformers.trainer_utils import EvalPrediction
 from geobased.modeling_streetclip import StreetCLIPConfig, StreetCLIPModel
 from geobased.modeling_streetclip.captions import MIXTURES, PlaceDescription, in_country
 from geobased.modeling_streetclip.image_processing_gpu import GpuImagePreprocessor
-from geobased.training.artifacts import DTYPES, versions, write_json
+from geobased.training.artifacts import DTYPES, save_model_folder, versions, write_json
 from geobased.training.geolocation_card import model_card
 from geobased.training.geolocation_dataset import (
     GeolocationRows,
@@ -51,15 +50,13 @@ from geobased.training.geolocation_runs import (
     OrderedTrainer,
     check_steps,
     plot_curve,
-    save_model_folder,
     skipped_images,
 )
 from geobased.training.geolocation_sources import GeolocationSource, RecordStream, open_sources
 from geobased.training.run_control import FINAL_FOLDER, checkpoint_to_resume
 from geobased.training.streetclip_captions import CaptionWriter, describe_rows
-from geobased.training.streetclip_loss import cached_backward, contrastive_loss
+from geobased.training.streetclip_loss import MAX_LOGIT_SCALE, cached_backward, contrastive_loss
 
-MAX_LOGIT_SCALE = math.log(100)  # CLIP never multiplies cosines by more
 PROMPTS_PER_PASS = 256
 UNKNOWN_COUNTRY = -1
 

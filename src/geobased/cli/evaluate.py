@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from geobased.whole_file import whole_file
+
 from .errors import FAILURE, CommandError, one_line
 from .locate import BatchSize, Beam, Dtype, Levels, Model, Threads, load_geolocalizer, locate_images
 from .options import Debug, Device
@@ -232,12 +234,8 @@ def _ceiling_numbers(pipe: "ImageGeolocalizationPipeline", best: "CandidateCeili
 def _write_json(path: Path | None, numbers: dict[str, Any]) -> None:
     if path is None:
         return
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _label(metric: str) -> str:
