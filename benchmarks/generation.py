@@ -34,7 +34,7 @@ from geobased import BasedConfig, BasedForCausalLM
 from geobased.kernels.taylor_linear_attention_reference import packed_feature_count
 from geobased.modeling_based import fast_generation
 
-PROMPT = 64
+PROMPT, LONG_PROMPT = 64, 1_000_000
 OUR_LOOP = "geobased, transformers' loop"
 LLAMA, COMPILED, DELTANET = "transformers Llama", "transformers Llama, compiled", "fla Gated DeltaNet"
 LLAMA_SIZES = {
@@ -113,9 +113,6 @@ def measure(model: PreTrainedModel, batch_size: int, new_tokens: int, **argument
         "end_to_end_tokens_per_second": batch_size * long / whole,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(),
     }
-
-
-LONG_PROMPT = 1_000_000
 
 
 def read_long_prompt(model: PreTrainedModel) -> dict[str, Any]:

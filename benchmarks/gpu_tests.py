@@ -7,18 +7,22 @@ Writes `benchmarks/results/<gpu>/gpu_tests.json` after a run of all tests; a run
 Exits with pytest's code.
 """
 
-import datetime
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from results_file import device_name, results_folder, versions
+from results_file import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/kernels", "tests/modeling_based/test_gpu.py", "tests/modeling_based/test_fast_generation.py")
+# where GPU tests are; the others would only be collected, which needs packages that a GPU machine may lack
+TESTS = (
+    "tests/kernels",
+    "tests/modeling_based/test_gpu.py",
+    "tests/modeling_based/test_fast_generation.py",
+    "tests/modeling_streetclip/test_image_processing_gpu.py",
+)
 
 
 class Outcomes:
@@ -54,22 +58,15 @@ def main(arguments: list[str]) -> int:
     print(f"{len(outcomes.passed)} passed, {len(outcomes.failed)} failed, {len(outcomes.skipped)} skipped, {seconds:.0f} s")
     if any(option in arguments for option in ("-k", "--deselect", "--lf", "-x")):
         return int(code)
-    target = results_folder()
-    target.mkdir(parents=True, exist_ok=True)
-    report = {
-        "device": device_name(),
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python -m pytest -m gpu", *arguments, *TESTS]),
-        "passed": len(outcomes.passed),
-        "failed": outcomes.failed,
-        "skipped": sorted(outcomes.skipped),
-        "seconds": round(seconds, 1),
-        "tests": sorted(outcomes.passed),
-    }
-    unfinished = target / "gpu_tests.json.tmp"
-    unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(target / "gpu_tests.json")
+    write_report(
+        "gpu_tests",
+        command=" ".join(["python -m pytest -m gpu", *arguments, *TESTS]),
+        passed=len(outcomes.passed),
+        failed=outcomes.failed,
+        skipped=sorted(outcomes.skipped),
+        seconds=round(seconds, 1),
+        tests=sorted(outcomes.passed),
+    )
     return int(code)
 
 

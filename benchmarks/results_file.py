@@ -102,14 +102,18 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: str | Path | No
         folder: default `benchmarks/results/<gpu>`.
         extra: further keys of the file, for instance `ceilings={…}` or `absent={"flash-attn": "not installed"}`.
     """
+    return write_report(name, folder, **extra, rows=rows)
+
+
+def write_report(name: str, folder: str | Path | None = None, **content: Any) -> Path:
+    """Writes device, versions, date and `content` to `<folder>/<name>.json`, and returns the path; folder as above."""
     target = Path(folder) if folder else results_folder()
     target.mkdir(parents=True, exist_ok=True)
     report = {
         "device": device_name(),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **extra,
-        "rows": rows,
+        **content,
     }
     path = target / f"{name}.json"
     unfinished = path.with_suffix(".tmp")

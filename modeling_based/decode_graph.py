@@ -12,7 +12,6 @@ Only what geobased's kernels serve comes here (`fast_generation.py` decides); wi
 """
 
 import contextlib
-import itertools
 import threading
 from dataclasses import dataclass
 
@@ -201,14 +200,11 @@ class DecodeStep:
     def _make_states(self) -> None:
         config, batch, heads = self.config, self.batch, self.config.num_attention_heads
         make = {"dtype": self.dtype, "device": self.device}
-        num_conv = config.mixers.count("conv")
-        self.conv_states = torch.zeros(num_conv, batch, config.conv_kernel, config.conv_dim, **make)
-        next_conv = itertools.count()
         rows = packed_feature_count(self.feature_dim)
         self.states: list = []
         for mixer in config.mixers:
             if mixer == "conv":
-                self.states.append(self.conv_states[next(next_conv)])
+                self.states.append(torch.zeros(batch, config.conv_kernel, config.conv_dim, **make))
             elif mixer == "linear_attention":
                 empty = torch.zeros(batch, heads, rows, config.head_dim + 1, dtype=torch.float32, device=self.device)
                 # bfloat16 (with its remainder) is half the bytes to read and no less exact than the model's own rounding
@@ -343,8 +339,9 @@ class DecodeStep:
         self.fold() if self.fold_graph is None else self.fold_graph.replay()
 
     def state_bytes(self) -> int:
-        tensors = [self.conv_states, self.sampler.seen]
-        tensors += [tensor for state in self.states if isinstance(state, tuple) for tensor in state]
+        tensors = [self.sampler.seen]
+        for state in self.states:
+            tensors += state if isinstance(state, tuple) else [state]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     # from a prompt's cache and back
@@ -376,6 +373,7 @@ class DecodeStep:
         self.row_positions.copy_(row_positions)
         self._fill_rotary()
         self.sampler.load(plan, input_ids)
+        order = self._ring_order(cache.get_seq_length())
         for layer, state in zip(cache.layers, self.states, strict=True):
             if isinstance(layer, RingSlidingWindowLayer):
                 state[0].copy_(layer._ring_keys)
@@ -387,7 +385,7 @@ class DecodeStep:
                 if release:
                     layer.recurrent_states[0] = None
             else:
-                state.index_copy_(1, self._ring_order(cache.get_seq_length()), layer.conv_states[0].transpose(1, 2))
+                state.index_copy_(1, order, layer.conv_states[0].transpose(1, 2))
                 if release:
                     layer.conv_states[0] = None
 

@@ -31,35 +31,44 @@ def gated_short_convolution_step(
         >>> gated_short_convolution_step(x, gate, torch.randn(64, 3), torch.zeros(2, 64, 3)).shape
         torch.Size([2, 64])
     """
+    check_step_inputs(x, gate, weight, "state", state, ("batch", "channels", "kernel"))
+    if not x.device == gate.device == weight.device == state.device:
+        raise ValueError(
+            f"x, gate, weight and state are on {x.device}, {gate.device}, {weight.device}, {state.device}: move them to one"
+        )
+    if x.numel() == 0 or resolve_step_backend("gated_short_convolution_step", backend, x, weight) == "torch":
+        return gated_short_convolution_step_reference(x, gate, weight, state)
+    return _step(x, gate, weight, state)
+
+
+def check_step_inputs(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, name: str, inputs: torch.Tensor, axes: tuple[str, str, str]
+) -> None:
+    """Shapes and dtypes of a step that keeps its last inputs, called `name`, in the order of `axes`."""
     if x.dim() != 2 or x.shape != gate.shape:
         raise ValueError(f"x has shape {tuple(x.shape)} and gate {tuple(gate.shape)}: both must be [batch, channels]")
     batch, channels = x.shape
     if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be [channels, kernel] = [{channels}, kernel]")
-    if state.shape != (batch, *weight.shape):
-        raise ValueError(f"state has shape {tuple(state.shape)}: it must be [batch, channels, kernel] = {(batch, *weight.shape)}")
-    if not state.is_contiguous():
-        raise ValueError(f"state has strides {state.stride()}: it must be contiguous, for it is updated in place")
+    sizes = {"batch": batch, "channels": channels, "kernel": weight.shape[1]}
+    expected = tuple(sizes[axis] for axis in axes)
+    if inputs.shape != expected:
+        raise ValueError(f"{name} has shape {tuple(inputs.shape)}: it must be [{', '.join(axes)}] = {expected}")
+    if not inputs.is_contiguous():
+        raise ValueError(f"{name} has strides {inputs.stride()}: it must be contiguous, for it is updated in place")
     if x.dtype != gate.dtype:
         raise ValueError(f"x and gate have dtypes {x.dtype} and {gate.dtype}: cast them to one")
-    for name, tensor in (("x", x), ("weight", weight), ("state", state)):
+    for label, tensor in (("x", x), ("weight", weight), (name, inputs)):
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}: it must be a floating point dtype")
-    if not x.device == gate.device == weight.device == state.device:
-        raise ValueError(
-            f"x, gate, weight and state are on {x.device}, {gate.device}, {weight.device}, {state.device}: move them to one"
-        )
-    if x.numel() == 0 or _resolve_backend(backend, x, weight) == "torch":
-        return gated_short_convolution_step_reference(x, gate, weight, state)
-    return _step(x, gate, weight, state)
+            raise ValueError(f"{label} has dtype {tensor.dtype}: it must be a floating point dtype")
 
 
-def _resolve_backend(backend: str, x: torch.Tensor, weight: torch.Tensor) -> str:
+def resolve_step_backend(op: str, backend: str, x: torch.Tensor, weight: torch.Tensor) -> str:
     resolved = resolve_backend(backend, x)
     if resolved == "torch" or weight.shape[1] <= MAX_TRITON_KERNEL:
         return resolved
     limit = f"the Triton form takes kernels up to {MAX_TRITON_KERNEL} taps, not {weight.shape[1]}"
-    return without_triton("gated_short_convolution_step", backend, limit)
+    return without_triton(op, backend, limit)
 
 
 @torch.library.custom_op("geobased::gated_short_convolution_step", mutates_args=("state",))

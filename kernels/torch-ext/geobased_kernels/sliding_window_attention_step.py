@@ -86,13 +86,11 @@ def _check_inputs(
             f"q, k, v, ring_k and ring_v have dtypes {q.dtype}, {k.dtype}, {v.dtype}, {ring_k.dtype}, {ring_v.dtype}:"
             " cast them to one floating point dtype"
         )
-    if position.numel() != 1:
-        raise ValueError(f"position has shape {tuple(position.shape)}: it must be one number, the same for the whole batch")
+    check_position(position)
     if first_valid is not None and first_valid.shape != (batch,):
         raise ValueError(f"first_valid has shape {tuple(first_valid.shape)}: it must be [batch] = [{batch}]")
-    for name, index in (("position", position), ("first_valid", first_valid)):
-        if index is not None and index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} has dtype {index.dtype}: make it torch.int32 or torch.int64")
+    if first_valid is not None:
+        _check_integers("first_valid", first_valid)
     if (cos is None) != (sin is None):
         raise ValueError(f"{'cos' if cos is None else 'sin'} is missing: the rotary embedding needs both cos and sin, or neither")
     if cos is not None and sin is not None:
@@ -109,6 +107,18 @@ def _check_inputs(
     tensors = [t for t in (q, k, v, ring_k, ring_v, position, cos, sin, first_valid) if t is not None]
     if len({t.device for t in tensors}) > 1:
         raise ValueError(f"the inputs are on {', '.join(sorted({str(t.device) for t in tensors}))}: move them to one device")
+
+
+def check_position(position: torch.Tensor) -> None:
+    """Raises ValueError unless `position` is what a step over a ring takes: one integer."""
+    if position.numel() != 1:
+        raise ValueError(f"position has shape {tuple(position.shape)}: it must be one number, the same for the whole batch")
+    _check_integers("position", position)
+
+
+def _check_integers(name: str, index: torch.Tensor) -> None:
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} has dtype {index.dtype}: make it torch.int32 or torch.int64")
 
 
 def _resolve_backend(backend: str, q: torch.Tensor, ring: torch.Tensor, cos: torch.Tensor | None) -> str:
