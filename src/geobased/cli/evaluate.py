@@ -13,7 +13,7 @@ import typer
 
 from geobased.whole_file import whole_file
 
-from .errors import FAILURE, CommandError, one_line
+from .errors import CommandError
 from .locate import BatchSize, Beam, Dtype, Levels, Model, Threads, load_geolocalizer, locate_images
 from .options import Debug, Device
 
@@ -95,27 +95,22 @@ def evaluate(
             raise CommandError(f"{path} cannot be written: there is no folder {path.parent}")
     listed = read_list(table, images)
     pipe = load_geolocalizer(model, levels, beam, device, dtype)
-    try:
-        best = _ceiling(pipe, listed)
-        if ceiling:
-            limits = _ceiling_numbers(pipe, best)
-            _write_json(report, {"model": model, "ceiling": limits})
-            print(json.dumps({"model": model, "ceiling": limits}) if json_output else _ceiling_text(limits))
-            return
-        results = locate_images(pipe, listed.images, batch_size, threads, top_k=1)
-        failed = {listed.images[i]: result["error"] for i, result in enumerate(results) if isinstance(result, dict)}
-        for error in failed.values():
-            print(f"left out: {error}", file=sys.stderr)
-        kept = [row for row, result in enumerate(results) if not isinstance(result, dict)]
-        if not kept:
-            raise CommandError(f"none of the {len(results)} images of {table} can be read: {results[0]['error']}")
-        answers, listed = [results[row][0] for row in kept], listed.select(kept)
-        best = replace(best, distance_km=best.distance_km[kept], nearest=best.nearest[kept])
-        measured = _measure(pipe, listed, answers, best.nearest, bootstrap, seed)
-    except ModuleNotFoundError:
-        raise
-    except ImportError as error:
-        raise CommandError(one_line(error), FAILURE) from error
+    best = _ceiling(pipe, listed)
+    if ceiling:
+        limits = _ceiling_numbers(pipe, best)
+        _write_json(report, {"model": model, "ceiling": limits})
+        print(json.dumps({"model": model, "ceiling": limits}) if json_output else _ceiling_text(limits))
+        return
+    results = locate_images(pipe, listed.images, batch_size, threads, top_k=1)
+    failed = {listed.images[i]: result["error"] for i, result in enumerate(results) if isinstance(result, dict)}
+    for error in failed.values():
+        print(f"left out: {error}", file=sys.stderr)
+    kept = [row for row, result in enumerate(results) if not isinstance(result, dict)]
+    if not kept:
+        raise CommandError(f"none of the {len(results)} images of {table} can be read: {results[0]['error']}")
+    answers, listed = [results[row][0] for row in kept], listed.select(kept)
+    best = replace(best, distance_km=best.distance_km[kept], nearest=best.nearest[kept])
+    measured = _measure(pipe, listed, answers, best.nearest, bootstrap, seed)
     limits = _ceiling_numbers(pipe, best)
     numbers = {"model": model, **measured.to_dict(), "ceiling": limits, "left_out": failed}
     if html is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import BAD_INPUT, FAILURE, CommandError, one_line
+from .errors import BAD_INPUT, CommandError
 from .options import Debug, Device
 from .sources import loading, parse_device, parse_dtype, quiet_transformers, resolve_model
 
@@ -137,16 +137,11 @@ def locate_images(
     """What the pipeline gives for each image, with a progress bar where there are many."""
     from tqdm import tqdm
 
-    try:
-        with quiet_transformers():
-            # an iterator, so that results come as they are ready
-            answers = pipe(iter(images), batch_size=min(batch_size, len(images)), num_workers=threads, **options)
-            few = len(images) < PROGRESS_FROM
-            return list(tqdm(answers, total=len(images), desc="locating", unit="image", disable=few))
-    except ModuleNotFoundError:
-        raise
-    except ImportError as error:
-        raise CommandError(one_line(error), FAILURE) from error
+    with quiet_transformers():
+        # an iterator, so that results come as they are ready
+        answers = pipe(iter(images), batch_size=min(batch_size, len(images)), num_workers=threads, **options)
+        few = len(images) < PROGRESS_FROM
+        return list(tqdm(answers, total=len(images), desc="locating", unit="image", disable=few))
 
 
 def _entry(image: str, result: Any) -> dict[str, Any]:
