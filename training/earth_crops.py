@@ -189,8 +189,7 @@ class EarthCropSource:
             crops.places(np.arange(start, min(start + PLACES_PER_BATCH, len(crops))))
             for start in tqdm(starts, desc="drawing places", disable=not progress)
         ]
-        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
-        self.places = EarthPlaces(**arrays)
+        self.places = EarthPlaces.concatenate(parts)
         self.coordinates = self.places.coordinates
         self.columns = crops.columns(self.places)
 

@@ -3,6 +3,7 @@
 No order or batch matters: place number 1,000,000 can be asked for alone, and a resumed run goes on with the number it stopped at.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -88,6 +89,11 @@ class EarthPlaces:
 
     def __getitem__(self, rows: np.ndarray | slice) -> "EarthPlaces":
         return EarthPlaces(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["EarthPlaces"]) -> "EarthPlaces":
+        """The places of all parts, one part after the other."""
+        return cls(**{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
 
 class EarthSampler:

@@ -33,7 +33,6 @@ from geobased.training.earthclip_data import (
     EarthData,
     EarthFiles,
     caption_tokenizer,
-    token_table,
 )
 from geobased.training.earthclip_evaluation import (
     add_prototypes,
@@ -57,6 +56,7 @@ from geobased.training.earthclip_stages import (
     new_pigeon,
     pigeon_loss,
 )
+from geobased.training.streetclip_captions import token_table
 
 # of the seconds; the rest is for drawing places, prototypes and evaluation
 CLIP_SHARE, PIGEON_SHARE = 0.35, 0.5

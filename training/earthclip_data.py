@@ -189,8 +189,7 @@ class EarthData:
                 ids.append(rows)
                 drawn += len(places)
                 bar.update(len(places))
-        names = [field.name for field in fields(EarthPlaces)]
-        joined = EarthPlaces(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
+        joined = EarthPlaces.concatenate(parts)
         codes = self.cells.country_codes[joined.geocell].astype(str)
         return CropSet(joined, codes, list(captions), np.concatenate(ids, axis=1))
 
@@ -239,10 +238,4 @@ def caption_tokenizer(texts: Sequence[str], vocab_size: int, max_length: int) ->
     return tokenizer
 
 
-def token_table(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask [n, length] of texts, padded to the longest."""
-    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-__all__ = ["CropSet", "EarthData", "EarthFiles", "caption_tokenizer", "token_table"]
+__all__ = ["CropSet", "EarthData", "EarthFiles", "caption_tokenizer"]

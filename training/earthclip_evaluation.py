@@ -21,7 +21,8 @@ from geobased.modeling_streetclip.captions import CaptionMixture, PlaceDescripti
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
 from geobased.training.earth_baselines import LabelledCrops, evaluate_baselines
 from geobased.training.earth_crops import SATELLITE
-from geobased.training.earthclip_data import CropSet, EarthData, token_table
+from geobased.training.earthclip_data import CropSet, EarthData
+from geobased.training.streetclip_captions import token_table
 
 CROPS_PER_PASS = 512
 NEIGHBOUR_SIDE = 16

@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from geobased.training.geolocation_dataset import REPORT_FILE, SkippedImages
+from geobased.modeling_streetclip.image_processing_gpu import GpuImagePreprocessor
+from geobased.training.artifacts import versions
+from geobased.training.geolocation_dataset import REPORT_FILE, GeolocationRows, SkippedImages, Split, StreamedRows
+from geobased.training.geolocation_sources import GeolocationSource, RecordStream
 from geobased.training.geolocation_splits import BlockHoldout
 from geobased.training.run_control import RunClock
 from geobased.whole_file import whole_file
 
+SHUFFLE_BUFFER = 1000
 LOG_FILE, CURVE_FILE, PLOT_FILE = "training_log.json", "learning_curve.csv", "learning_curve.png"
 _PANELS = ("loss", "accuracy, %", "kilometres", "GeoScore")
 
@@ -74,6 +79,70 @@ def skipped_images(arguments: GeolocationArguments) -> SkippedImages:
     if not arguments.resume and arguments.process_index == 0:
         path.unlink(missing_ok=True)
     return SkippedImages(path)
+
+
+def training_data(
+    arguments: GeolocationArguments,
+    preprocess: GpuImagePreprocessor | None,
+    skipped: SkippedImages,
+    *,
+    source: GeolocationSource | None,
+    split: Split | None,
+    stream: RecordStream | None,
+) -> tuple[GeolocationRows | StreamedRows, GeolocationRows | StreamedRows | None]:
+    """Data sets to train and evaluate on, of a source that is split or of a stream; `preprocess` None: rows without pixels.
+
+    The evaluation's is None where nothing is held out, and `arguments.eval_strategy` becomes "no". `arguments.max_steps`
+    becomes the number of steps.
+
+    Raises:
+        ValueError: as `check_steps`.
+    """
+    arguments.max_steps = check_steps(arguments, None if split is None else len(split.training))
+    training: GeolocationRows | StreamedRows
+    evaluation: GeolocationRows | StreamedRows | None = None
+    if source is not None and split is not None:
+        size = arguments.max_steps * arguments.images_per_step
+        training = GeolocationRows(source, split.training, preprocess, size=size, seed=arguments.seed, skipped=skipped)
+        if len(split.evaluation):
+            evaluation = GeolocationRows(source, split.evaluation, preprocess, skipped=skipped)
+    else:
+        assert stream is not None and preprocess is not None
+        holdout = arguments.holdout()
+        order: dict[str, Any] = {"shuffle_buffer": SHUFFLE_BUFFER, "seed": arguments.seed, "epochs": None}
+        training = StreamedRows(stream, preprocess, holdout, held_out=False, skipped=skipped, **order)
+        if arguments.holdout_fraction:
+            evaluation = StreamedRows(stream, preprocess, holdout, held_out=True, skipped=skipped)
+    if evaluation is None:
+        arguments.eval_strategy = "no"
+    return training, evaluation
+
+
+def training_log(
+    arguments: GeolocationArguments,
+    model: nn.Module,
+    state: TrainerState,
+    clock: RunClock,
+    split: Split | None,
+    skipped: SkippedImages,
+    **own: Any,
+) -> dict[str, Any]:
+    """Content of `training_log.json`; `own` is what one kind of training adds."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": state.global_step,
+        "images_per_step": arguments.images_per_step,
+        "stopped_early": clock.stopped_early,
+        "seconds": round(clock.seconds, 3),
+        "seed": arguments.seed,
+        "split": None if split is None else split.facts,
+        "skipped_images": skipped.all(),
+        **own,
+        "losses": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+        "history": state.log_history,
+        "arguments": arguments.to_dict(),
+        "versions": versions(),
+    }
 
 
 def write_curve(history: list[dict[str, Any]], path: str | Path) -> None:
@@ -166,5 +235,7 @@ __all__ = [
     "check_steps",
     "plot_curve",
     "skipped_images",
+    "training_data",
+    "training_log",
     "write_curve",
 ]

@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from geobased.training.artifacts import DTYPES, plot_losses, save_model_folder, versions, write_json
+from geobased.training.artifacts import plot_losses, save_model_folder, versions, write_json
 from geobased.training.packing import (
     DocumentBlocks,
     MixtureDataset,
@@ -39,7 +39,7 @@ from geobased.training.packing import (
     pack_documents,
     pack_text,
 )
-from geobased.training.run_control import FINAL_FOLDER, RunClock, checkpoint_to_resume
+from geobased.training.run_control import FINAL_FOLDER, RunClock, check_run_arguments, checkpoint_to_resume
 
 LOG_FILE = "training_log.json"
 _SUMMARY = ("parameters", "steps", "stopped_early", "seconds", "tokens_per_second", "sources")
@@ -286,13 +286,9 @@ def train(arguments: LanguageModelingArguments) -> dict[str, Any]:
         ...     output_dir="runs/mini", tokenizer="runs/tokenizer", text=["tinyshakespeare.txt"], max_steps=200,
         ...     config='{"model_type": "based", "hidden_size": 128, "num_hidden_layers": 4}'))  # doctest: +SKIP
     """
-    for name in ("config", "tokenizer", "output_dir"):
-        if not getattr(arguments, name):
-            raise ValueError(f"--{name} is required")
+    check_run_arguments(arguments, ["config", "tokenizer", "output_dir"])
     if arguments.max_steps <= 0:
         raise ValueError("max_steps must be positive: the data are an endless mixture without epochs")
-    if arguments.save_dtype not in DTYPES:
-        raise ValueError(f"save_dtype must be one of {', '.join(DTYPES)}, not {arguments.save_dtype!r}")
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     config = load_config(arguments.config, tokenizer, arguments.context_length)  # type: ignore[arg-type]
     checkpoint = None

@@ -22,13 +22,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from geobased.geography.geocell_collection import Geocells
 from geobased.modeling_pigeon import PigeonForImageGeolocalization, build_prototypes
 from geobased.modeling_streetclip.image_processing_gpu import GpuImagePreprocessor
-from geobased.training.artifacts import DTYPES, save_model_folder, versions, write_json
+from geobased.training.artifacts import save_model_folder, write_json
 from geobased.training.geolocation_card import model_card
 from geobased.training.geolocation_dataset import (
     GeolocationRows,
     SkippedImages,
     Split,
-    StreamedRows,
     split_by_blocks,
     stack_places,
 )
@@ -38,16 +37,17 @@ from geobased.training.geolocation_runs import (
     CurveClock,
     GeolocationArguments,
     OrderedTrainer,
-    check_steps,
     plot_curve,
     skipped_images,
+    training_data,
+    training_log,
 )
 from geobased.training.geolocation_sources import GeolocationSource, RecordStream, open_sources
 from geobased.training.pigeon_embeddings import EmbeddingStore, JoinedEmbeddings, tower_fingerprint
 from geobased.training.pigeon_evaluation import PigeonMetrics, prediction_rows, truth_rows
 from geobased.training.pigeon_labels import head_labels, load_geocells, load_heads, standardise_heads
 from geobased.training.pigeon_models import load_pigeon
-from geobased.training.run_control import FINAL_FOLDER, checkpoint_to_resume
+from geobased.training.run_control import FINAL_FOLDER, check_run_arguments, checkpoint_to_resume
 
 EVALUATION_FILE, EVALUATION_REPORT = "evaluation.json", "evaluation.html"
 
@@ -190,31 +190,7 @@ def train(
     folder = Path(arguments.output_dir)  # type: ignore[arg-type]
     skipped = skipped_images(arguments)
     skipped.reasons.update({} if store is None else store.skipped)
-    arguments.max_steps = check_steps(arguments, None if split is None else len(split.training))
-    training: GeolocationRows | StreamedRows
-    evaluation: GeolocationRows | StreamedRows | None = None
-    options: dict[str, Any] = {"skipped": skipped}
-    if split is not None and source is not None:
-        size = arguments.max_steps * arguments.images_per_step
-        training = GeolocationRows(source, split.training, preprocess, size=size, seed=arguments.seed, **options)
-        if len(split.evaluation):
-            evaluation = GeolocationRows(source, split.evaluation, preprocess, **options)
-    else:
-        assert stream is not None and preprocess is not None
-        training = StreamedRows(
-            stream,
-            preprocess,
-            arguments.holdout(),
-            held_out=False,
-            shuffle_buffer=1000,
-            seed=arguments.seed,
-            epochs=None,
-            **options,
-        )
-        if arguments.holdout_fraction:
-            evaluation = StreamedRows(stream, preprocess, arguments.holdout(), held_out=True, **options)
-    if evaluation is None:
-        arguments.eval_strategy = "no"
+    training, evaluation = training_data(arguments, preprocess, skipped, source=source, split=split, stream=stream)
     metrics_of = PigeonMetrics(geocells.country_codes, model.config.radius_coverage)
     clock = CurveClock(arguments.max_seconds)
     collator = PigeonCollator(geocells, heads, cells, labels, None if store is None else store.embeddings)
@@ -251,24 +227,18 @@ def train(
         trainer.log(dict(measured))
         metrics = {name: value for name, value in measured.items() if not name.endswith(("second", "runtime", "time"))}
         result = metrics_of.result(predicted.predictions, predicted.label_ids, arguments.bootstrap, arguments.seed)  # type: ignore[arg-type]
-    log = {
-        "parameters": sum(p.numel() for p in final.parameters()),
-        "trained_parameters": sum(p.numel() for p in final.parameters() if p.requires_grad),
-        "steps": trainer.state.global_step,
-        "images_per_step": arguments.images_per_step,
-        "stopped_early": clock.stopped_early,
-        "seconds": round(clock.seconds, 3),
-        "seed": arguments.seed,
-        "split": None if split is None else split.facts,
-        "geocells": {"file": arguments.geocells, "cells": len(geocells)},
-        "prototypes": final.config.num_prototypes,
-        "skipped_images": skipped.all(),
-        "metrics": metrics,
-        "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-        "history": trainer.state.log_history,
-        "arguments": arguments.to_dict(),
-        "versions": versions(),
-    }
+    log = training_log(
+        arguments,
+        final,
+        trainer.state,
+        clock,
+        split,
+        skipped,
+        trained_parameters=sum(p.numel() for p in final.parameters() if p.requires_grad),
+        geocells={"file": arguments.geocells, "cells": len(geocells)},
+        prototypes=final.config.num_prototypes,
+        metrics=metrics,
+    )
     if trainer.is_world_process_zero():
         about = (
             f"A PIGEON of {len(geocells):,} geocells, started from {arguments.model},"
@@ -285,17 +255,13 @@ def train(
 
 
 def _check(arguments: PigeonArguments, source: GeolocationSource | None, stream: RecordStream | None) -> None:
-    for name in ("model", "output_dir"):
-        if not getattr(arguments, name):
-            raise ValueError(f"--{name} is required")
+    check_run_arguments(arguments, ["model", "output_dir"])
     if sum((bool(arguments.data), bool(arguments.embeddings), source is not None, stream is not None)) != 1:
         raise ValueError("give the images once: by --data or --embeddings, or as a source or a stream")
     if arguments.embeddings and arguments.trainable_layers != 0:
         raise ValueError(
             f"trainable_layers={arguments.trainable_layers} needs images: embeddings are of a tower that stays as it is"
         )
-    if arguments.save_dtype not in DTYPES:
-        raise ValueError(f"save_dtype must be one of {', '.join(DTYPES)}, not {arguments.save_dtype!r}")
     if arguments.prototypes and stream is not None:
         raise ValueError("prototypes need images that can be read again by number: not those of a stream")
 

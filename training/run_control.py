@@ -1,12 +1,15 @@
 """What all training runs share: where they go on from, and when they stop."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from geobased.training.artifacts import DTYPES
 
 FINAL_FOLDER = "final"
 
@@ -35,6 +38,19 @@ class RunClock(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.seconds = self.elapsed()
+
+
+def check_run_arguments(arguments: Any, required: Sequence[str]) -> None:
+    """Checks what every training needs: the `required` arguments, and a `save_dtype` that weights can be saved in.
+
+    Raises:
+        ValueError: a required argument without a value, or another `save_dtype`.
+    """
+    for name in required:
+        if not getattr(arguments, name):
+            raise ValueError(f"--{name} is required")
+    if arguments.save_dtype not in DTYPES:
+        raise ValueError(f"save_dtype must be one of {', '.join(DTYPES)}, not {arguments.save_dtype!r}")
 
 
 def checkpoint_to_resume(output_dir: str | Path, resume: bool) -> str | None:

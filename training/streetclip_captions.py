@@ -10,6 +10,9 @@ from tqdm.auto import tqdm
 from geobased.modeling_streetclip.captions import PlaceDescription, make_captions
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
     from geobased.geography.gazetteer import Gazetteer
 
 # column names that mean a fact, the first that is there wins
@@ -93,6 +96,12 @@ def _nearest(coordinates: np.ndarray, progress: bool) -> list[dict[str, Any]]:
     return found
 
 
+def token_table(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int) -> dict[str, "torch.Tensor"]:
+    """input_ids and attention_mask [n, length] of texts, padded to the longest."""
+    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
 @lru_cache(maxsize=1)
 def _gazetteer() -> "Gazetteer":
     from geobased.geography.gazetteer import Gazetteer
@@ -112,4 +121,4 @@ def _description(row: int, facts: dict[str, Any]) -> PlaceDescription:
         raise ValueError(f"row {row}: {error}") from error
 
 
-__all__ = ["FACT_COLUMNS", "CaptionWriter", "describe_rows"]
+__all__ = ["FACT_COLUMNS", "CaptionWriter", "describe_rows", "token_table"]

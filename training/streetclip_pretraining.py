@@ -34,27 +34,23 @@ from transformers.trainer_utils import EvalPrediction
 from geobased.modeling_streetclip import StreetCLIPConfig, StreetCLIPModel
 from geobased.modeling_streetclip.captions import MIXTURES, PlaceDescription, in_country
 from geobased.modeling_streetclip.image_processing_gpu import GpuImagePreprocessor
-from geobased.training.artifacts import DTYPES, save_model_folder, versions, write_json
+from geobased.training.artifacts import save_model_folder, write_json
 from geobased.training.geolocation_card import model_card
-from geobased.training.geolocation_dataset import (
-    GeolocationRows,
-    StreamedRows,
-    split_by_blocks,
-    stack_places,
-)
+from geobased.training.geolocation_dataset import split_by_blocks, stack_places
 from geobased.training.geolocation_runs import (
     LOG_FILE,
     PLOT_FILE,
     CurveClock,
     GeolocationArguments,
     OrderedTrainer,
-    check_steps,
     plot_curve,
     skipped_images,
+    training_data,
+    training_log,
 )
 from geobased.training.geolocation_sources import GeolocationSource, RecordStream, open_sources
-from geobased.training.run_control import FINAL_FOLDER, checkpoint_to_resume
-from geobased.training.streetclip_captions import CaptionWriter, describe_rows
+from geobased.training.run_control import FINAL_FOLDER, check_run_arguments, checkpoint_to_resume
+from geobased.training.streetclip_captions import CaptionWriter, describe_rows, token_table
 from geobased.training.streetclip_loss import MAX_LOGIT_SCALE, cached_backward, contrastive_loss
 
 PROMPTS_PER_PASS = 256
@@ -119,15 +115,10 @@ class CaptionCollator:
             place, writer = self._place(item), self.writer
             captions.append(writer.caption(place, item["row"], item["epoch"]))
             countries.append(self.numbers.get(in_country(place.country), UNKNOWN_COUNTRY) if place else UNKNOWN_COUNTRY)
-        batch |= self.tokens(captions)
+        batch |= token_table(self.tokenizer, captions, self.max_length)
         batch["caption_ids"] = torch.tensor([_number(caption) for caption in captions])
         batch["countries"] = torch.tensor(countries)
         return batch
-
-    def tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask of texts, padded to the longest."""
-        encoded = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
     def _place(self, item: dict[str, Any]) -> PlaceDescription | None:
         if "columns" not in item:
@@ -318,24 +309,7 @@ def train(
         split = split_by_blocks(source, arguments.holdout())
         places = describe_rows(source.columns, source.coordinates, arguments.describe)  # type: ignore[arg-type]
         _refuse_unknown(places, source)
-    arguments.max_steps = check_steps(arguments, None if split is None else len(split.training))
-    training: GeolocationRows | StreamedRows
-    evaluation: GeolocationRows | StreamedRows | None = None
-    if stream is None:
-        assert source is not None and split is not None
-        size = arguments.max_steps * arguments.images_per_step
-        training = GeolocationRows(source, split.training, preprocess, size=size, seed=arguments.seed, skipped=skipped)
-        if len(split.evaluation):
-            evaluation = GeolocationRows(source, split.evaluation, preprocess, skipped=skipped)
-    else:
-        options: dict[str, Any] = {"seed": arguments.seed, "skipped": skipped}
-        training = StreamedRows(
-            stream, preprocess, arguments.holdout(), held_out=False, shuffle_buffer=1000, epochs=None, **options
-        )
-        if arguments.holdout_fraction:
-            evaluation = StreamedRows(stream, preprocess, arguments.holdout(), held_out=True, **options)
-    if evaluation is None:
-        arguments.eval_strategy = "no"
+    training, evaluation = training_data(arguments, preprocess, skipped, source=source, split=split, stream=stream)
     names = _country_names(places) if countries is None else sorted({in_country(country) for country in countries})
     writer = CaptionWriter(places, arguments.mixture, arguments.seed)
     length = text_config.max_position_embeddings
@@ -350,26 +324,20 @@ def train(
         eval_dataset=evaluation,
         compute_metrics=country_accuracy,
         callbacks=[clock],
-        prompts=collator.tokens([f"{opening} in {name}." for name in names]) if names else None,
+        prompts=token_table(tokenizer, [f"{opening} in {name}." for name in names], length) if names else None,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if evaluation is not None else {}
-    log = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": trainer.state.global_step,
-        "images_per_step": arguments.images_per_step,
-        "stopped_early": clock.stopped_early,
-        "seconds": round(clock.seconds, 3),
-        "seed": arguments.seed,
-        "split": None if split is None else split.facts,
-        "countries": names,
-        "skipped_images": skipped.all(),
-        "metrics": {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))},
-        "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-        "history": trainer.state.log_history,
-        "arguments": arguments.to_dict(),
-        "versions": versions(),
-    }
+    log = training_log(
+        arguments,
+        model,
+        trainer.state,
+        clock,
+        split,
+        skipped,
+        countries=names,
+        metrics={name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))},
+    )
     if trainer.is_world_process_zero():
         about = f"A CLIP trained on images and captions of their places, started from {arguments.model or 'random weights'}."
         card = model_card(title=folder.name, about=about, command="streetclip", task="zero-shot-image-classification", log=log)
@@ -381,14 +349,11 @@ def train(
 
 
 def _check(arguments: StreetCLIPArguments, source: GeolocationSource | None, stream: RecordStream | None) -> None:
-    if not arguments.output_dir:
-        raise ValueError("--output_dir is required")
+    check_run_arguments(arguments, ["output_dir"])
     if sum((bool(arguments.data), source is not None, stream is not None)) != 1:
         raise ValueError("give the images once: by --data, or as a source or a stream")
     if arguments.mixture not in MIXTURES:
         raise ValueError(f"mixture={arguments.mixture!r} is unknown; choose from {', '.join(MIXTURES)}")
-    if arguments.save_dtype not in DTYPES:
-        raise ValueError(f"save_dtype must be one of {', '.join(DTYPES)}, not {arguments.save_dtype!r}")
     if arguments.chunk_size < 0:
         raise ValueError(f"chunk_size={arguments.chunk_size} must be at least 1, or 0 for no gradient cache")
 
