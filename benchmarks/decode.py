@@ -5,7 +5,8 @@
 Every op runs in a CUDA graph over the buffers of several layers, so that the L2 cache does not hold what is read; the time is
 that of one call. Linear attention: a step with 16 of 32 tokens waiting, and a 32nd of the fold. Peers: the same kernel family
 with a float32 state that is rewritten at every token, PyTorch's scaled_dot_product_attention over the ring (with the rotary
-embedding and the update of the ring that it needs), and the plain PyTorch twins. Errors are relative to float64, of the first
+embedding and the update of the ring that it needs), and the plain PyTorch twins, which run without a graph (some take tables from
+the host). Errors are relative to float64, of the first
 two sequences, over more tokens than can wait and more than a window holds. The floor is what reading and writing every input
 and output once takes at the copy rate measured in this run.
 """
@@ -71,8 +72,26 @@ def graph_milliseconds(calls: Calls, replays: int = 15) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def eager_milliseconds(calls: Calls, repeats: int = 5) -> float:
+    """Median time of one of `calls`, launched one by one from Python."""
+    times = []
+    for repeat in range(1 + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        if repeat:
+            times.append(start.elapsed_time(end) / len(calls))
+    return sorted(times)[len(times) // 2]
+
+
 def layers_for(num_bytes: float) -> int:
     return max(3, min(128, int(MIN_BYTES / num_bytes)))
+
+
+IMPLEMENTATIONS = ((OURS, "triton", graph_milliseconds), ("torch", "torch", eager_milliseconds))
 
 
 def number(value: int) -> torch.Tensor:
@@ -134,14 +153,14 @@ def linear_attention_case(ceilings: Ceilings, batch: int, head_dim: int, state_d
         state.recent_k.normal_()
         state.recent_v.normal_()
     result = []
-    for implementation, backend in ((OURS, "triton"), ("torch", "torch")):
+    for implementation, backend, timed in IMPLEMENTATIONS:
         error = linear_attention_error(make(), running, head_dim, backend)
         checked(error, MAX_ERROR, implementation, benchmark, case)
         step = functools.partial(taylor_linear_attention_deferred_step, backend=backend)
         fold = functools.partial(taylor_linear_attention_fold, backend=backend)
         some = layers if backend == "triton" else min(layers, 8)
-        steps = graph_milliseconds([functools.partial(step, *x, s, waiting) for x, s in zip(inputs[:some], states, strict=False)])
-        folds = graph_milliseconds([functools.partial(fold, s, full) for s in states[:some]])
+        steps = timed([functools.partial(step, *x, s, waiting) for x, s in zip(inputs[:some], states, strict=False)])
+        folds = timed([functools.partial(fold, s, full) for s in states[:some]])
         result.append(
             row(
                 benchmark,
@@ -204,7 +223,8 @@ def window_attention_case(ceilings: Ceilings, batch: int, head_dim: int) -> Rows
     triton, twin = (functools.partial(sliding_window_attention_step, backend=b, cos=cos, sin=sin) for b in ("triton", "torch"))
     sdpa = functools.partial(torch_window_step, cos=cos, sin=sin, slots=(position % WINDOW).long())
     result = []
-    for implementation, step in ((OURS, triton), ("sdpa", sdpa), ("torch", twin)):
+    steps = ((OURS, triton, graph_milliseconds), ("sdpa", sdpa, graph_milliseconds), ("torch", twin, eager_milliseconds))
+    for implementation, step, timed in steps:
         ring_k, ring_v = (x.clone() for x in rings[0])
         exact = [x[:CHECKED].double() for x in (ring_k, ring_v)]
         worst = 0.0
@@ -218,13 +238,12 @@ def window_attention_case(ceilings: Ceilings, batch: int, head_dim: int) -> Rows
         checked(worst, MAX_ERROR, implementation, benchmark, case)
         some = min(layers, 8) if implementation == "torch" else layers
         calls = [functools.partial(step, *x, *r, position) for x, r in zip(inputs[:some], rings, strict=False)]
-        milliseconds = graph_milliseconds(calls)
         result.append(
             row(
                 benchmark,
                 case,
                 implementation,
-                milliseconds=milliseconds,
+                milliseconds=timed(calls),
                 tokens=batch,
                 floor_milliseconds=floor,
                 relative_error=worst,
@@ -243,7 +262,7 @@ def convolution_case(ceilings: Ceilings, batch: int) -> Rows:
     halves = [x.chunk(2, dim=-1) for x in random_inputs(*[(batch, 2 * CHANNELS)] * layers, seed=1)]
     position = number(10 * KERNEL + 1)
     result = []
-    for implementation, backend in ((OURS, "triton"), ("torch", "torch")):
+    for implementation, backend, timed in IMPLEMENTATIONS:
         step = functools.partial(gated_short_convolution_ring_step, backend=backend)
         ring, worst = torch.zeros_like(rings[0]), 0.0
         exact = torch.zeros(min(batch, CHECKED), CHANNELS, KERNEL, dtype=torch.float64, device="cuda")
@@ -259,7 +278,7 @@ def convolution_case(ceilings: Ceilings, batch: int) -> Rows:
                 benchmark,
                 case,
                 implementation,
-                milliseconds=graph_milliseconds(calls),
+                milliseconds=timed(calls),
                 tokens=batch,
                 floor_milliseconds=floor,
                 relative_error=worst,

@@ -65,6 +65,8 @@ def walks_sequences(even: bool, sequences: int, chunks: int, heads: int, row_til
 
 
 def scan_options(total_rows: int) -> dict:
-    """One long sequence must be cut into small blocks to fill a GPU; many short ones run best in larger blocks."""
-    block = 16 if total_rows >= 16 * 1024 else 4
-    return dict(BLOCK_P=block, NUM_STAGES=4, num_warps=4 if block == 16 else 2)
+    """One long sequence must be cut into small blocks to fill a GPU, with many loads on the way to each; many short ones run best
+    in larger blocks."""
+    if total_rows >= 16 * 1024:
+        return dict(BLOCK_P=16, NUM_STAGES=4, num_warps=4)
+    return dict(BLOCK_P=8, NUM_STAGES=8, num_warps=1)
