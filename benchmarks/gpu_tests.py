@@ -22,6 +22,7 @@ TESTS = (
     "tests/modeling_based/test_gpu.py",
     "tests/modeling_based/test_fast_generation.py",
     "tests/modeling_streetclip/test_image_processing_gpu.py",
+    "tests/pipelines/test_image_geolocalization_gpu.py",
 )
 
 

@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, PreTrainedConfig
 EMBEDDINGS = ("token_mean", "cls")
 SMOOTHING_RULES = ("paper", "code")
 PROTOTYPE_STORAGES = ("float", "int8")
+PLACE_RULES = ("prototype", "likelihood")
 HEAD_KINDS = ("regression", "classification")
 HEAD_KEYS = ("name", "kind", "size", "weight", "labels", "log_offsets", "means", "stds")
 # climate of the place and month of the picture: what PIGEON learns beside the geocell, with the published weights
@@ -67,6 +68,15 @@ class PigeonConfig(PreTrainedConfig):
             How many cells compete by their prototypes, and the temperature of the softmax over distances to them.
         refinement_max_km (`float`, *optional*, defaults to 1000):
             A refined answer is never farther than this from the centroid of the likeliest cell. `None`: no limit.
+        place_rule (`str`, defaults to `"prototype"`):
+            Where in a candidate cell an answer lies: `"prototype"`, at the image nearest to the query among those of the cell's
+            nearest prototype, or at the cell's centroid if it has none (PIGEON); or `"likelihood"`, where the probabilities of
+            the cells around it say, as the smoothing of the targets has it (not in the paper; see `placement_pigeon.py`).
+        place_tau_km (`float`, *optional*):
+            The smoothing that `"likelihood"` undoes; `smoothing_tau_km` if not given. Other values make up for
+            `cell_temperature` and for an overconfident head; fitted on held-out images.
+        place_neighbors (`int`, defaults to 32):
+            How many cells around a candidate `"likelihood"` reads.
         num_prototypes, num_prototype_images (`int`, defaults to 0):
             Sizes of the prototype table; `set_prototypes` writes them.
         prototype_storage (`str`, defaults to `"float"`):
@@ -111,6 +121,9 @@ class PigeonConfig(PreTrainedConfig):
     refinement_top_k: int = 5
     refinement_temperature: int | float = 1.6
     refinement_max_km: int | float | None = 1000.0
+    place_rule: str = "prototype"
+    place_tau_km: int | float | None = None
+    place_neighbors: int = 32
     num_prototypes: int = 0
     num_prototype_images: int = 0
     prototype_storage: str = "float"
@@ -139,13 +152,18 @@ class PigeonConfig(PreTrainedConfig):
             ("embedding", EMBEDDINGS),
             ("smoothing_rule", SMOOTHING_RULES),
             ("prototype_storage", PROTOTYPE_STORAGES),
+            ("place_rule", PLACE_RULES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(choices)}")
-        for name, low in (("num_cells", 1), ("refinement_top_k", 1), ("num_prototypes", 0), ("num_prototype_images", 0)):
+        if self.place_rule == "likelihood" and self.place_tau_km is None and self.smoothing_tau_km is None:
+            raise ValueError("place_rule='likelihood' undoes the smoothing, and there is none: give place_tau_km")
+        sizes = {"num_cells": 1, "refinement_top_k": 1, "place_neighbors": 1, "num_prototypes": 0, "num_prototype_images": 0}
+        for name, low in sizes.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
-        for name in ("smoothing_tau_km", "refinement_temperature", "refinement_max_km", "cell_temperature", "abstain_radius_km"):
+        lengths = ("smoothing_tau_km", "refinement_max_km", "place_tau_km", "abstain_radius_km")
+        for name in (*lengths, "refinement_temperature", "cell_temperature"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value} must be a positive number{' or None' if name.endswith('_km') else ''}")

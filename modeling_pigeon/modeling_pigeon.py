@@ -17,6 +17,7 @@ from .geocells_pigeon import GeocellTable
 from .geodesy_pigeon import UNSET, check_coordinates
 from .heads_pigeon import PigeonHeads
 from .loss_pigeon import cell_loss
+from .placement_pigeon import likeliest_places
 from .prototypes_pigeon import PigeonPrototypes
 from .refinement_pigeon import EmbeddingTable, PrototypeRefinement, Refined
 
@@ -317,7 +318,8 @@ class PigeonForImageGeolocalization(PigeonPreTrainedModel):
         Args:
             pixel_values, embeddings, view_mask: see `get_embeddings`.
             top_k: how many candidates to return; `refinement_top_k` by default.
-            refine: whether prototypes change the answer. Without (or without prototypes) places are the cells' centroids.
+            refine: whether prototypes change the answer. Without (or without prototypes) places are the cells' centroids, unless
+                the configuration's place_rule is "likelihood".
             coverage: of `error_radius_km`; the configuration's `radius_coverage` by default. In a model that was never
                 calibrated the radius is that of the disc which holds so much of the cells' probability.
 
@@ -344,6 +346,9 @@ class PigeonForImageGeolocalization(PigeonPreTrainedModel):
         else:
             scores, cells = probabilities.topk(top_k, dim=1)
             refined = Refined(cells, scores, centroids[cells])
+        if config.place_rule == "likelihood":
+            tau = config.smoothing_tau_km if config.place_tau_km is None else config.place_tau_km
+            refined.coordinates = likeliest_places(probabilities, refined.cells, centroids, tau, config.place_neighbors)
         best = refined.coordinates[:, 0]
         usual = config.radius_coverage
         radius = scale * mass_radius_km(best, probabilities, centroids, radii, coverage)

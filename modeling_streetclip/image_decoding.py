@@ -6,12 +6,16 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MAX_PIXELS = 89_478_485  # Pillow warns above, a quarter of a gigabyte as RGB
 ORIENTATION = 0x0112
@@ -48,12 +52,16 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
     a quarter or an eighth of their size, several times faster, as long as no edge gets shorter than this; it is off by default
     since the result is not quite what full decoding and resizing gives.
 
+    Where `simplejpeg` is installed (it comes with `geobased[geo]`), it decodes whole colour JPEG files: to Pillow's pixels, but
+    without the interpreter's lock, which Pillow holds while it hands its pixels over.
+
     Raises `UnreadableImageError` (a `ValueError`) for files that are missing, no image, truncated or damaged, above max_pixels,
     and for 32-bit pixels, of which the range is unknown.
     """
     name = _name(source)
     try:
-        image = source if isinstance(source, Image.Image) else _open(source)
+        contents = _contents(source)
+        image = source if isinstance(source, Image.Image) else _open(cast(BinaryIO, source) if contents is None else contents)
         if image.width * image.height > max_pixels:
             raise UnreadableImageError(
                 f"{name} has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}: a decompression bomb, or"
@@ -61,9 +69,13 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
             )
         if jpeg_edge is not None and image is not source and image.format == "JPEG":
             image.draft(None, (jpeg_edge, jpeg_edge))
+        elif contents is not None and (decoded := _jpeg_pixels(contents, image)) is not None:
+            turn = _turn(image)
+            upright = decoded if turn is None else np.array(Image.fromarray(decoded).transpose(turn))
+            return torch.from_numpy(upright).permute(2, 0, 1)
         image.load()
-        pixels = _upright(_rgb(image, name), image)
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        pixels, turn = _rgb(image, name), _turn(image)
+        return torch.from_numpy(np.array(pixels if turn is None else pixels.transpose(turn))).permute(2, 0, 1)
     except UnreadableImageError:
         raise
     except FileNotFoundError as error:
@@ -84,7 +96,7 @@ def decode_images(
     max_pixels: int = MAX_PIXELS,
     jpeg_edge: int | None = None,
 ) -> Iterator[torch.Tensor | UnreadableImageError]:
-    """Decodes sources in threads (Pillow leaves the interpreter's lock while it works); gives the results in order.
+    """Decodes sources in threads (decoders leave the interpreter's lock while they work); gives the results in order.
 
     A result is what `decode_image` gives, or the error that it raises: one bad image does not stop the others. At most `ahead`
     images are decoded before they are asked for, so sources may be endless. num_threads is the number of CPU cores if None.
@@ -102,6 +114,10 @@ def decode_images(
     num_threads = (os.cpu_count() or 1) if num_threads is None else num_threads
     if num_threads < 1 or ahead < 1:
         raise ValueError(f"num_threads={num_threads} and ahead={ahead} must be at least 1")
+    if num_threads > 1 and _jpeg_decoder() is None:
+        logger.warning_once(
+            "simplejpeg is not installed: Pillow decodes JPEG files, whose threads wait for each other; pip install simplejpeg"
+        )
     return _decode_ahead(sources, num_threads, ahead, {"max_pixels": max_pixels, "jpeg_edge": jpeg_edge})
 
 
@@ -136,13 +152,37 @@ def _name(source: ImageSource) -> str:
     return str(name)
 
 
-def _open(source: str | os.PathLike | bytes | BinaryIO) -> Image.Image:
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source))
+def _contents(source: ImageSource) -> bytes | None:
+    """The whole file, so that it does not stay open however a decoder fails; None for what is open already."""
     if isinstance(source, str | os.PathLike):
-        # read whole: no file stays open however the decoder fails
-        return Image.open(io.BytesIO(Path(source).read_bytes()))
-    return Image.open(source)
+        return Path(source).read_bytes()
+    return source if isinstance(source, bytes) else None
+
+
+def _open(source: bytes | BinaryIO) -> Image.Image:
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+@lru_cache(maxsize=1)
+def _jpeg_decoder() -> Any:
+    """simplejpeg's, or None where it is not installed."""
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError:
+        return None
+    return decode_jpeg
+
+
+def _jpeg_pixels(contents: bytes, image: Image.Image) -> np.ndarray | None:
+    """uint8 [height, width, 3] of a colour JPEG file; None for other files and for what Pillow has to judge."""
+    decode = _jpeg_decoder()
+    # an MPO file is a JPEG with further pictures behind the first
+    if decode is None or image.mode != "RGB" or image.format not in ("JPEG", "MPO"):
+        return None
+    try:
+        return decode(contents, colorspace="RGB")
+    except ValueError:  # anything that is not quite a JPEG
+        return None
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
@@ -155,14 +195,14 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """pixels turned as the EXIF orientation of the image says. An EXIF block that cannot be read says nothing."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns the image upright, as its EXIF orientation says. An EXIF block that cannot be read says nothing."""
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # as above; the pixels are good
-        return pixels
+        return None
     # no dictionary lookup: a damaged block can hold a value of any type
-    return next((pixels.transpose(method) for value, method in TRANSPOSE.items() if value == orientation), pixels)
+    return next((method for value, method in TRANSPOSE.items() if value == orientation), None)
 
 
 __all__ = ["MAX_PIXELS", "ImageSource", "UnreadableImageError", "decode_image", "decode_images"]

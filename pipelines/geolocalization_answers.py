@@ -94,7 +94,11 @@ class Ranking:
 class Locator(Protocol):
     """A model that ranks places."""
 
-    def __call__(self, pixel_values: torch.Tensor, options: AnswerOptions) -> Ranking: ...
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of preprocessed images, by the image tower alone."""
+        ...
+
+    def __call__(self, features: torch.Tensor, options: AnswerOptions) -> Ranking: ...
 
     def candidate_places(self) -> np.ndarray:
         """[candidates, 2], (latitude, longitude) in degrees of everything that the model can answer with before refinement."""
@@ -115,10 +119,13 @@ class PigeonLocator:
     def candidate_places(self) -> np.ndarray:
         return self.model.geocells.centroids().double().cpu().numpy()
 
-    def __call__(self, pixel_values: torch.Tensor, options: AnswerOptions) -> Ranking:
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_embeddings(pixel_values)[0]
+
+    def __call__(self, features: torch.Tensor, options: AnswerOptions) -> Ranking:
         model, config = self.model, self.model.config
         coverage = config.radius_coverage if options.coverage is None else options.coverage
-        answer = model.locate(pixel_values, top_k=options.top_k, refine=options.refine, coverage=coverage)
+        answer = model.locate(embeddings=features, top_k=options.top_k, refine=options.refine, coverage=coverage)
         centroids, cell_radii = model.geocells.centroids(), model.geocells.radii_km()
         scale = radius_scale(config, coverage)
         others = [
@@ -188,8 +195,10 @@ class ZeroShotLocator:
     def candidate_places(self) -> np.ndarray:
         return np.array([(path[-1].latitude, path[-1].longitude) for path in self.search.leaves()])
 
-    def __call__(self, pixel_values: torch.Tensor, options: AnswerOptions) -> Ranking:
-        features = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values=pixel_values).pooler_output
+
+    def __call__(self, features: torch.Tensor, options: AnswerOptions) -> Ranking:
         result = self.search(features)
         logs = result.log_probabilities
         # float64 because distances need it, on the device where that is possible: radii of thousands of candidates take sorting

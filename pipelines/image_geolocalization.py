@@ -1,9 +1,11 @@
 """Where an image was taken, through `pipeline("image-geolocalization")`."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,16 @@ from geobased.modeling_streetclip.image_processing_gpu import GpuImagePreprocess
 from geobased.modeling_streetclip.label_embeddings import DEFAULT_CACHE_DIR
 from geobased.modeling_streetclip.zero_shot import CandidateSource, SearchLevel
 
+from .feature_graphs import Embed, FeatureGraphs
 from .geolocalization_answers import AnswerOptions, Ranking, make_locator
 from .geolocalization_inputs import TIMEOUT_SECONDS, each_image, image_source, is_one_image
 
 DECODING = ("max_pixels", "jpeg_edge", "timeout")
 ANSWERS = ("top_k", "coverage", "refine", "abstain_radius_km", "abstain_probability")
-# decoded ahead of the model: batches beyond the one that it works on
+# decoded ahead of the model: batches beyond those that it works on
 BATCHES_AHEAD = 2
+# worked on at once on a GPU, each in its own thread and stream: one is read in and answered while another is in the model
+BATCHES_AT_ONCE = 2
 
 
 @dataclass
@@ -33,6 +38,7 @@ class DecodedImages:
     """
 
     images: Sequence[torch.Tensor | UnreadableImageError]
+    embed: Embed | None = None  # the image tower; the locator's own if None
 
 
 @dataclass
@@ -166,11 +172,52 @@ class ImageGeolocalizationPipeline(Pipeline):
             **options,
         )
 
+        def answer(batch: list[torch.Tensor | UnreadableImageError], embed: Embed | None = None) -> list[Any]:
+            return self.postprocess(self.forward(DecodedImages(batch, embed), **forward_params), **postprocess_params)
+
         def results() -> Iterator[Any]:
-            while batch := list(islice(decoded, batch_size)):
-                yield from self.postprocess(self.forward(DecodedImages(batch), **forward_params), **postprocess_params)
+            batches = iter(lambda: list(islice(decoded, batch_size)), [])
+            on_gpu = self.device.type == "cuda"
+            answered = self._side_by_side(answer, batches, batch_size) if on_gpu else map(answer, batches)
+            for answers in answered:
+                yield from answers
 
         return results()
+
+    def _side_by_side(
+        self,
+        answer: Callable[[list[Any], Embed | None], list[Any]],
+        batches: Iterator[list[torch.Tensor | UnreadableImageError]],
+        batch_size: int,
+    ) -> Iterator[list[Any]]:
+        """`answer` of each batch, in order, with `BATCHES_AT_ONCE` of them on the GPU."""
+        # what is made when it is first needed, such as label embeddings, is made once
+        yield from (answer(batch, None) for batch in islice(batches, 1))
+        rest = list(islice(batches, 1))
+        if not rest:
+            return
+        streams = [torch.cuda.Stream(self.device) for _ in range(BATCHES_AT_ONCE)]
+        size = (self.preprocessor.crop_height, self.preprocessor.crop_width)
+        example = torch.zeros(batch_size, 3, *size, device=self.device, dtype=self.model.dtype)
+        embed = FeatureGraphs(self.locator.embed, example, streams)
+
+        def attempt(number: int, batch: list[torch.Tensor | UnreadableImageError]) -> list[Any]:
+            with torch.cuda.stream(streams[number % BATCHES_AT_ONCE]):
+                return answer(batch, embed)
+
+        # one thread each: batches of a stream follow each other
+        pools = [ThreadPoolExecutor(1, thread_name_prefix="locate") for _ in streams]
+        pending: deque[Future[list[Any]]] = deque()
+        try:
+            for number, batch in enumerate(chain(rest, batches)):
+                pending.append(pools[number % BATCHES_AT_ONCE].submit(attempt, number, batch))
+                if len(pending) == BATCHES_AT_ONCE:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for pool in pools:
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def run_single(
         self,
@@ -193,7 +240,8 @@ class ImageGeolocalizationPipeline(Pipeline):
         if not images:
             return LocatedImages(None, errors)
         pixel_values = self.preprocessor(images, device=self.device, dtype=self.model.dtype)
-        return LocatedImages(self.locator(pixel_values, AnswerOptions(**options)), errors)
+        features = (model_inputs.embed or self.locator.embed)(pixel_values)
+        return LocatedImages(self.locator(features, AnswerOptions(**options)), errors)
 
     def postprocess(self, model_outputs: LocatedImages) -> list[Any]:  # type: ignore[override]
         ranking, row = model_outputs.ranking, 0

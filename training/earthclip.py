@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase, set_seed
 
+from geobased.geography.geocell_collection import Geocells
 from geobased.modeling_pigeon.modeling_pigeon import PigeonForImageGeolocalization
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
 from geobased.training.artifacts import save_model_folder, versions, write_json
@@ -52,14 +53,16 @@ from geobased.training.earthclip_stages import (
     cell_table,
     clip_loss,
     fit,
+    naive_cells,
     new_clip,
     new_pigeon,
     pigeon_loss,
+    semantic_cells,
 )
 from geobased.training.streetclip_captions import token_table
 
 # of the seconds; the rest is for drawing places, prototypes and evaluation
-CLIP_SHARE, PIGEON_SHARE = 0.35, 0.5
+CLIP_SHARE, PIGEON_SHARE = 0.3, 0.6
 # cards, configurations and processors of the PIGEON folder
 RESERVED_BYTES = 150_000
 RUN_FILE, EVALUATION_FILE = "run.json", "evaluation.json"
@@ -75,9 +78,12 @@ class EarthclipArguments:
         preset: name in `PRESETS`.
         seconds: for everything, about.
         steps: of CLIP and PIGEON, in place of what `seconds` allow.
+        sets: folder for places and geocells, which runs with the same seed and sizes share; the run's own by default.
         ablation: name in `ABLATIONS`: what is left out.
         clip: a `streetclip` folder of another run, in place of the first stage: ablations of the second share their CLIP.
         seed: of everything, the held-out blocks too.
+        training_seed: of the weights and batches alone: runs that differ in nothing else tell how much chance there is.
+        baselines: whether the set's baselines are measured too, which no training changes.
         degrees: smallest and largest angle across a crop.
         tau_km: see `PigeonConfig.smoothing_tau_km`.
         disjoint: see `EarthData`.
@@ -96,7 +102,10 @@ class EarthclipArguments:
     steps: tuple[int, int] | None = None
     ablation: str | None = None
     clip: Path | None = None
+    sets: Path | None = None
     seed: int = 0
+    training_seed: int | None = None
+    baselines: bool = True
     degrees: tuple[float, float] = (2.0, 8.0)
     tau_km: float = 100.0
     disjoint: bool = False
@@ -118,7 +127,7 @@ class EarthclipArguments:
 
     def facts(self) -> dict[str, Any]:
         """What decides the result, as JSON has it."""
-        left_out = ("output", "device", "progress")
+        left_out = ("output", "sets", "device", "progress")
         plain = {name: value for name, value in asdict(self).items() if name not in left_out}
         return json.loads(json.dumps({**plain, "sizes": asdict(PRESETS[self.preset])}, default=str))
 
@@ -129,13 +138,16 @@ class EarthclipRun:
     def __init__(self, arguments: EarthclipArguments) -> None:
         self.arguments, self.preset = arguments, PRESETS[arguments.preset]
         self.output, self.work = Path(arguments.output), Path(arguments.output, "work")
+        self.sets = Path(arguments.sets or self.work)
+        self.training_seed = arguments.seed if arguments.training_seed is None else arguments.training_seed
         self._claim()
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = CropSettings(degrees=arguments.degrees, seed=arguments.seed)
         self.data = EarthData(arguments.files, self.preset.image_size, settings, disjoint=arguments.disjoint, device=device)
-        set_seed(arguments.seed)
+        set_seed(self.training_seed)
         size = self.preset.image_size
         self.processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        self.sets.mkdir(parents=True, exist_ok=True)
         self.stages: dict[str, dict[str, Any] | None] = {}
 
     def run(self) -> dict[str, Any]:
@@ -145,7 +157,7 @@ class EarthclipRun:
         clip, tokenizer = self._clip(train)
         # an untrained CLIP is saved too: every run leaves the same folders
         clip_folder = save_model_folder(clip, [tokenizer, self.processor], self.output / "streetclip", "bfloat16")
-        table = cell_table(self.data.cells, train, self.arguments.ablation == "naive_cells")
+        table = cell_table(self._cells(train), train)
         pigeon = self._pigeon(clip, train, table)
         prototypes, calibration = self._finish(pigeon, train, table, _bytes(clip_folder))
         pigeon_folder = save_model_folder(pigeon, [self.processor], self.output / "pigeon", "bfloat16")
@@ -195,12 +207,29 @@ class EarthclipRun:
             write_json(path, facts)
 
     def _set(self, name: str, count: int, caption_draws: int = 0) -> CropSet:
-        path = self.work / f"{name}.npz"
+        path = self.sets / f"{name}.npz"
         if path.is_file():
-            return CropSet.load(path)
+            crops = CropSet.load(path)
+            if len(crops) != count:
+                raise ValueError(f"{path} has {len(crops)} places but this run needs {count}: choose another folder of sets")
+            return crops
         crops = self.data.draw(name, count, caption_draws=caption_draws, progress=self.arguments.progress)
         crops.save(path)
         return crops
+
+    def _cells(self, train: CropSet) -> Geocells:
+        """The geocells that the head learns."""
+        ablation, preset = self.arguments.ablation, self.preset
+        if ablation == "world_cells":
+            return self.data.cells
+        path = self.sets / "semantic.geocells"
+        if path.is_file():
+            cells = Geocells.load(path)
+        else:
+            seed, progress = self.arguments.seed, self.arguments.progress
+            cells = semantic_cells(self.data.boundaries, train, preset, seed=seed, progress=progress)
+            cells.save(path)
+        return naive_cells(train, len(cells)) if ablation == "naive_cells" else cells
 
     def _fit(self, stage: str, model: torch.nn.Module, loss: Any, learning_rate: float, share: float) -> None:
         arguments = self.arguments
@@ -209,7 +238,7 @@ class EarthclipRun:
             model,
             loss,
             folder=self.work,
-            seed=arguments.seed,
+            seed=self.training_seed,
             learning_rate=learning_rate,
             warmup=self.preset.warmup,
             steps=None if arguments.steps is None else arguments.steps[0 if stage == "clip" else 1],
@@ -240,7 +269,7 @@ class EarthclipRun:
     def _pigeon(self, clip: StreetCLIPModel, train: CropSet, table: CellTable) -> PigeonForImageGeolocalization:
         """The second stage: the PIGEON on the device, rounded to the weights that are stored."""
         # whatever the first stage drew
-        set_seed(self.arguments.seed + 1)
+        set_seed(self.training_seed + 1)
         model = new_pigeon(clip, table, self.data, train, ablation=self.arguments.ablation, tau_km=self.arguments.tau_km)
         loss = pigeon_loss(model, self.data, train, table, self.preset.batch_size)
         self._fit("pigeon", model, loss, self.preset.pigeon_rate, PIGEON_SHARE)
@@ -252,16 +281,13 @@ class EarthclipRun:
         """The third stage: prototypes of training crops, and calibration on blocks that no other stage uses."""
         preset, progress = self.preset, self.arguments.progress
         model.eval()
-        prototypes = {"prototypes": 0, "images": 0}
-        if self.arguments.ablation != "no_refinement":
-            crops, labels = _first(train, preset.prototype_crops), table.labels[: preset.prototype_crops]
-            embeddings = embed(model, self.data, crops, progress=progress)
-            tensors = [*model.parameters(), *model.buffers()]
-            weights = sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
-            room = preset.max_bytes - clip_bytes - weights - 2 * RESERVED_BYTES
-            places = crops.places.coordinates
-            seed = self.arguments.seed
-            prototypes = add_prototypes(model, embeddings, places, labels, max_bytes=room, seed=seed, progress=progress)
+        crops, labels = _first(train, preset.prototype_crops), table.labels[: preset.prototype_crops]
+        embeddings = embed(model, self.data, crops, progress=progress)
+        tensors = [*model.parameters(), *model.buffers()]
+        weights = sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
+        room = preset.max_bytes - clip_bytes - weights - 2 * RESERVED_BYTES
+        options: dict[str, Any] = {"max_bytes": room, "seed": self.arguments.seed, "progress": progress}
+        prototypes = add_prototypes(model, embeddings, crops.places.coordinates, labels, **options)
         calibration, validation = (self._set(name, preset.evaluation_crops) for name in ("calibration", "validation"))
         held_out = (embed(model, self.data, calibration, progress=progress), *self._truth(calibration, table))
         seen = (embed(model, self.data, validation, progress=progress), validation.places.coordinates)
@@ -273,12 +299,14 @@ class EarthclipRun:
         model = _loaded(PigeonForImageGeolocalization, self.output / "pigeon", device)
         clip = _loaded(StreetCLIPModel, self.output / "streetclip", device)
         tokenizer = AutoTokenizer.from_pretrained(self.output / "streetclip")
-        known = _first(train, preset.neighbour_crops)
-        neighbours = labelled(self.data, known)
         sets = {name: self._set(name, preset.evaluation_crops) for name in ("seen", "held_out")}
         embeddings = {name: embed(model, self.data, crops, progress=progress) for name, crops in sets.items()}
-        fitted = (embed(model, self.data, known, progress=progress), known.places.coordinates)
-        regressed = regression_head(fitted, list(embeddings.values()), seed=seed, progress=progress)
+        neighbours, regressed = None, list[Any]([None] * len(sets))
+        if self.arguments.baselines:
+            known = _first(train, preset.neighbour_crops)
+            neighbours = labelled(self.data, known)
+            fitted = (embed(model, self.data, known, progress=progress), known.places.coordinates)
+            regressed = regression_head(fitted, list(embeddings.values()), seed=seed, progress=progress)
         results = {}
         for (name, crops), places in zip(sets.items(), regressed, strict=True):
             results[name] = evaluate_set(
@@ -348,7 +376,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs=2, metavar=("CLIP", "PIGEON"), help="in place of what the seconds allow")
     parser.add_argument("--ablation", choices=ABLATIONS, help="what is left out")
     parser.add_argument("--clip", type=Path, help="streetclip folder of another run, in place of the first stage")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sets", type=Path, help="folder for places and geocells that runs share (default: the run's own)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything, the held-out blocks too")
+    parser.add_argument("--training-seed", type=int, help="of weights and batches alone (default: the seed)")
+    parser.add_argument("--no-baselines", dest="baselines", action="store_false", help="the model alone is measured")
     parser.add_argument("--degrees", type=float, nargs=2, default=(2.0, 8.0), metavar=("LEAST", "MOST"), help="across a crop")
     parser.add_argument("--tau-km", type=float, default=100.0, help="reach of the smoothed loss")
     parser.add_argument("--disjoint", action="store_true", help="training crops show no ground of held-out blocks")
@@ -359,8 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
         files = EarthFiles(
             given.image, tuple(given.elevation), tuple(given.koeppen), given.boundaries, tuple(given.boundary_columns)
         )
-        options = {name: getattr(given, name) for name in ("output", "preset", "seconds", "ablation", "clip", "seed")}
-        options |= {name: getattr(given, name) for name in ("tau_km", "disjoint", "device")}
+        options = {name: getattr(given, name) for name in ("output", "preset", "seconds", "ablation", "clip", "sets", "seed")}
+        options |= {name: getattr(given, name) for name in ("training_seed", "baselines", "tau_km", "disjoint", "device")}
         steps = None if given.steps is None else tuple(given.steps)
         run = EarthclipArguments(files, steps=steps, degrees=tuple(given.degrees), progress=not given.quiet, **options)
         evaluation = train(run)

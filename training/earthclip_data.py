@@ -7,6 +7,7 @@ and captions are drawn before training, captions are tokenized once each, and a 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from geobased.geography.boundaries import read_boundaries
+from geobased.geography.boundaries import Boundaries, read_boundaries
 from geobased.geography.geocell_collection import Geocells
 from geobased.modeling_streetclip.captions import make_captions
 from geobased.training.earth_crops import SATELLITE, EarthCrops
@@ -119,7 +120,7 @@ class EarthData:
         self.climate = KoeppenRaster.from_files(*files.koeppen)
         self.elevation = ElevationRaster.from_files(*files.elevation)
         self.cells = Geocells.world()
-        self.units = UnitNames(read_boundaries(files.boundaries, list(files.columns)))
+        self.files = files
         self.image = EarthImage.from_file(files.image, device)
         self.size, self.settings, self.disjoint = size, settings, disjoint
         self.test_blocks = BlockHoldout(fraction=TEST_FRACTION, seed=settings.seed)
@@ -129,7 +130,16 @@ class EarthData:
             torch.tensor(values, device=device)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         )
 
-    def _crops(self, side: str, holdout: BlockHoldout) -> EarthCrops:
+    @cached_property
+    def boundaries(self) -> Boundaries:
+        """First-level units; read when places are drawn or geocells made, and not where both are there already."""
+        return read_boundaries(self.files.boundaries, list(self.files.columns))
+
+    @cached_property
+    def units(self) -> UnitNames:
+        return UnitNames(self.boundaries)
+
+    def _crops(self, side: str, holdout: BlockHoldout, units: UnitNames | None = None) -> EarthCrops:
         sampler = EarthSampler(
             self.climate,
             self.elevation,
@@ -139,7 +149,7 @@ class EarthData:
             side="training" if side == "training" else "evaluation",
             disjoint=self.disjoint and side == "training",
         )
-        return EarthCrops(self.image, sampler, size=self.size, units=self.units)
+        return EarthCrops(self.image, sampler, size=self.size, units=units)
 
     def heads(self) -> list[dict[str, Any]]:
         """Elevation and climate, as `PigeonConfig` takes heads."""
@@ -167,7 +177,7 @@ class EarthData:
         if name not in sets:
             raise ValueError(f"there is no set {name!r}: choose from {', '.join(sets)}")
         side, blocks, first = sets[name]
-        crops = self._crops(side, blocks)
+        crops = self._crops(side, blocks, self.units if caption_draws else None)
         parts: list[EarthPlaces] = []
         captions: dict[str, int] = {}
         ids: list[np.ndarray] = []

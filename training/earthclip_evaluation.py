@@ -32,6 +32,15 @@ TUNING_CROPS = 2000
 TUNED_TOP_K = (1, 5, 20)
 # of the embeddings' spread; the last one leaves the probabilities as they are
 TUNED_TEMPERATURES = (0.02, 0.05, 0.1, 0.3, 1000.0)
+# of the smoothing's length; None are places of prototypes
+TUNED_PLACES = (None, 0.35, 0.5, 0.7, 1.0, 1.4)
+UNSMOOTHED_TAU_KM = 100.0
+# what the answer is without one of its last steps, and without both
+PARTS: dict[str, dict[str, Any]] = {
+    "pigeon_without_refinement": {"refine": False},
+    "pigeon_prototype_places": {"place_rule": "prototype"},
+    "pigeon_centroids": {"refine": False, "place_rule": "prototype"},
+}
 REGRESSION_STEPS, REGRESSION_BATCH, REGRESSION_WIDTH = 2000, 1024, 512
 
 
@@ -47,16 +56,24 @@ def embed(model: PigeonForImageGeolocalization, data: EarthData, crops: CropSet,
 
 
 @torch.no_grad()
-def locate(model: PigeonForImageGeolocalization, embeddings: torch.Tensor, *, refine: bool = True) -> dict[str, np.ndarray]:
-    """coordinates [n, 2], radius_km [n], score [n] and cell [n] of the model's answers to embeddings [n, hidden_size]."""
+def locate(
+    model: PigeonForImageGeolocalization, embeddings: torch.Tensor, *, refine: bool = True, place_rule: str | None = None
+) -> dict[str, np.ndarray]:
+    """coordinates [n, 2], radius_km [n], score [n] and cell [n] of the model's answers to embeddings [n, hidden_size].
+
+    place_rule takes the place of the model's own.
+    """
     parts: dict[str, list[torch.Tensor]] = {"coordinates": [], "radius_km": [], "score": [], "cell": []}
+    own_rule = model.config.place_rule
+    model.config.place_rule = place_rule or own_rule
     for part in embeddings.split(CROPS_PER_PASS):
-        answer = model.locate(embeddings=part, refine=refine)
+        answer = model.locate(embeddings=part, refine=refine, top_k=1)
         assert answer.candidate_scores is not None and answer.candidate_cells is not None
         values = (answer.coordinates, answer.error_radius_km, answer.candidate_scores[:, 0], answer.candidate_cells[:, 0])
         for found, value in zip(parts.values(), values, strict=True):
             assert value is not None
             found.append(value.cpu())
+    model.config.place_rule = own_rule
     return {
         name: torch.cat(found).double().numpy() if name != "cell" else torch.cat(found).numpy() for name, found in parts.items()
     }
@@ -134,13 +151,13 @@ def calibrate(
     *,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Fits the temperature of cells, refinement and the error radius.
+    """Fits the temperature of cells, refinement, the rule of places and the error radius.
 
     Args:
         held_out: embeddings [n, hidden_size], coordinates [n, 2] and cells [n] of crops in blocks that neither training nor the
             test knows: temperature and radius are right for places that were never seen, and cautious for others.
-        seen: embeddings and coordinates of new crops of seen areas. Refinement takes the temperature and number of cells with
-            the least sum of both medians, in logarithms, so that neither kind of place pays for the other.
+        seen: embeddings and coordinates of new crops of seen areas. Refinement and places take the temperature, number of cells
+            and smoothing with the least sum of both medians, in logarithms, so that neither kind of place pays for the other.
 
     Returns:
         What was chosen.
@@ -150,29 +167,37 @@ def calibrate(
     with torch.no_grad():
         logits = torch.cat([model.cell_head(part) for part in embeddings.split(CROPS_PER_PASS)])
     config.cell_temperature = fit_temperature(logits.float().cpu().numpy(), cells)
-    tried: list[dict[str, float]] = []
-    if config.num_prototypes:
-        spread = float(embeddings.std(0).norm())
-        options = [(k, spread * factor) for k in TUNED_TOP_K for factor in TUNED_TEMPERATURES if k > 1 or factor == 1000.0]
-        for top_k, temperature in tqdm(options, desc="refinement", disable=not progress):
-            config.refinement_top_k, config.refinement_temperature = min(top_k, config.num_cells), temperature
-            medians = []
-            for rows, truths in ((embeddings, places), seen):
-                found = locate(model, rows[:TUNING_CROPS])["coordinates"]
-                medians.append(float(np.median(haversine_km(*found.T, *truths[:TUNING_CROPS].T))))
-            tried.append({"top_k": top_k, "temperature": temperature, "held_out_km": medians[0], "seen_km": medians[1]})
-        best = min(tried, key=lambda entry: entry["held_out_km"] * entry["seen_km"])
-        config.refinement_top_k, config.refinement_temperature = min(int(best["top_k"]), config.num_cells), best["temperature"]
+    spread = float(embeddings.std(0).norm())
+    refinements = [(k, spread * factor) for k in TUNED_TOP_K for factor in TUNED_TEMPERATURES if k > 1 or factor == 1000.0]
+    options = [
+        {
+            "refinement_top_k": min(top_k, config.num_cells),
+            "refinement_temperature": temperature,
+            "place_rule": "prototype" if factor is None else "likelihood",
+            "place_tau_km": None if factor is None else factor * (config.smoothing_tau_km or UNSMOOTHED_TAU_KM),
+        }
+        for top_k, temperature in refinements
+        for factor in TUNED_PLACES
+    ]
+    tried: list[tuple[float, float, dict[str, Any]]] = []
+    for option in tqdm(options, desc="refinement and places", disable=not progress):
+        config.update(option)
+        medians = []
+        for rows, truths in ((embeddings, places), seen):
+            found = locate(model, rows[:TUNING_CROPS])["coordinates"]
+            medians.append(float(np.median(haversine_km(*found.T, *truths[:TUNING_CROPS].T))))
+        tried.append((medians[0], medians[1], option))
+    best = min(tried, key=lambda entry: entry[0] * entry[1])[2]
+    config.update(best)
     answers = locate(model, embeddings)
     errors = np.asarray(haversine_km(*answers["coordinates"].T, *places.T))
     coverage = config.radius_coverage
     config.radius_scales = {str(coverage): fit_radius_scale(answers["radius_km"], errors, coverage)}
     return {
         "cell_temperature": config.cell_temperature,
-        "refinement_top_k": config.refinement_top_k,
-        "refinement_temperature": config.refinement_temperature,
+        **best,
         "radius_scales": config.radius_scales,
-        "tried": tried,
+        "tried": [{"held_out_km": held_out_km, "seen_km": seen_km, **option} for held_out_km, seen_km, option in tried],
     }
 
 
@@ -259,8 +284,8 @@ def evaluate_set(
     embeddings: torch.Tensor,
     *,
     zero_shot_codes: np.ndarray,
-    regressed: np.ndarray,
-    neighbours: LabelledCrops,
+    regressed: np.ndarray | None,
+    neighbours: LabelledCrops | None,
     bootstrap: int,
     seed: int,
     report: Path | None = None,
@@ -271,13 +296,13 @@ def evaluate_set(
     Args:
         cells: [n] true cells of the model's own.
         zero_shot_codes: [n] countries by CLIP.
-        regressed: [n, 2] places by the regression head.
-        neighbours: training crops of the baselines.
+        regressed: [n, 2] places by the regression head; None leaves it out.
+        neighbours: training crops of the baselines; None leaves them out.
         report: where an HTML report of the model's answers is written.
 
     Returns:
-        {"crops", "pigeon", "pigeon_without_refinement", "zero_shot", "regression", "chance", "mean", "nearest"}: metrics with
-        their intervals, and the calibration of the model's answers.
+        {"crops", "pigeon", "pigeon_without_refinement", "pigeon_prototype_places", "pigeon_centroids", "zero_shot",
+        "regression", "chance", "mean", "nearest"}: metrics with their intervals, and the calibration of the model's answers.
     """
     truths, codes = crops.places.coordinates, crops.countries.tolist()
 
@@ -296,15 +321,19 @@ def evaluate_set(
     )
     if report is not None:
         located.save_html(report, title=f"earthclip-mini: {report.stem.replace('_', ' ')}")
-    centres = locate(model, embeddings, refine=False)["coordinates"]
     middles = {country.code: (country.latitude, country.longitude) for country in countries()}
     results = {
         "pigeon": located,
-        "pigeon_without_refinement": measured(centres, country_at(data.cells, centres)),
         "zero_shot": measured(np.array([middles[code] for code in zero_shot_codes]), zero_shot_codes.tolist()),
-        "regression": measured(regressed, country_at(data.cells, regressed)),
-        **evaluate_baselines(neighbours, labelled(data, crops), side=neighbours.pixels.shape[-1], seed=seed, bootstrap=bootstrap),
     }
+    for name, options in PARTS.items():
+        found = locate(model, embeddings, **options)["coordinates"]
+        results[name] = measured(found, country_at(data.cells, found))
+    if regressed is not None:
+        results["regression"] = measured(regressed, country_at(data.cells, regressed))
+    if neighbours is not None:
+        side = neighbours.pixels.shape[-1]
+        results |= evaluate_baselines(neighbours, labelled(data, crops), side=side, seed=seed, bootstrap=bootstrap)
     plain = {name: result.to_dict() for name, result in results.items()}
     metrics = {name: result["metrics"] for name, result in plain.items()}
     return {"crops": len(crops), **metrics, "calibration": plain["pigeon"]["calibration"]}

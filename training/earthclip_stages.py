@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from geobased.geography.boundaries import Boundaries
 from geobased.geography.coordinates import grouped_spherical_means, haversine_km
 from geobased.geography.geocell_collection import Geocells
-from geobased.geography.geocells import RADIUS_SHARE, create_naive_geocells
+from geobased.geography.geocells import RADIUS_SHARE, create_geocells, create_naive_geocells
 from geobased.modeling_pigeon.modeling_pigeon import PigeonForImageGeolocalization
 from geobased.modeling_streetclip.configuration_streetclip import StreetCLIPConfig
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
@@ -29,7 +30,10 @@ from geobased.training.pigeon_labels import standardise_heads
 from geobased.training.streetclip_loss import MAX_LOGIT_SCALE, contrastive_loss
 from geobased.whole_file import whole_file
 
-ABLATIONS = ("no_smoothing", "naive_cells", "no_pretraining", "no_multitask", "no_refinement")
+# "naive_cells" are rectangles; "world_cells" those of the package, whose sizes follow photos instead of crops
+ABLATIONS = ("no_smoothing", "naive_cells", "world_cells", "no_pretraining", "no_multitask")
+# borders of cells, in decimals of a degree and degrees: a crop's pixel is three times as wide
+CELL_DECIMALS, CELL_SIMPLIFICATION = 3, 0.01
 CHECKPOINT_SECONDS = 60.0
 # steps that tell the speed; the first of them are slower
 TRIAL_STEPS, TRIAL_SKIPPED = 25, 5
@@ -48,6 +52,8 @@ class EarthclipPreset:
         vocab_size, max_length: tokens.
         train_places: places that training crops lie at.
         caption_draws: captions per place.
+        cell_crops: training crops that geocells are made from.
+        cell_sizes: least and most of these crops in a geocell.
         batch_size: crops per step.
         evaluation_crops: of each set that is measured or fitted on.
         prototype_crops: training crops that prototypes are made of.
@@ -68,12 +74,14 @@ class EarthclipPreset:
     max_length: int = 64
     train_places: int = 300_000
     caption_draws: int = 4
+    cell_crops: int = 100_000
+    cell_sizes: tuple[int, int] = (25, 50)
     batch_size: int = 1024
     evaluation_crops: int = 5000
     prototype_crops: int = 12_000
     neighbour_crops: int = 50_000
     bootstrap: int = 200
-    warmup: int = 100
+    warmup: int = 300
     clip_rate: float = 1e-3
     pigeon_rate: float = 1e-3
     max_bytes: int = 16_000_000
@@ -89,6 +97,8 @@ PRESETS = {
         vocab_size=270,
         train_places=192,
         caption_draws=2,
+        cell_crops=192,
+        cell_sizes=(4, 12),
         batch_size=16,
         evaluation_crops=24,
         prototype_crops=96,
@@ -255,23 +265,29 @@ class CellTable:
     radii_km: np.ndarray
 
 
-def cell_table(cells: Geocells, train: CropSet, naive: bool) -> CellTable:
-    """The cells with the middles and radii of the training crops in them.
+def semantic_cells(boundaries: Boundaries, train: CropSet, preset: EarthclipPreset, *, seed: int, progress: bool) -> Geocells:
+    """Semantic geocells of training crops: along borders, all of about the same area, for crops lie evenly over the land."""
+    smallest, largest = preset.cell_sizes
+    return create_geocells(
+        train.places.coordinates[: preset.cell_crops],
+        boundaries.cleaned(decimals=CELL_DECIMALS, simplify_degrees=CELL_SIMPLIFICATION),
+        min_size=smallest,
+        max_size=largest,
+        seed=seed,
+        progress=progress,
+    )
 
-    The middle of the photos that made a cell says where people take photos, and crops lie evenly over the land. A cell without
-    crops keeps its own.
 
-    Args:
-        naive: rectangles of about as many cells in place of the given ones (the ablation of PIGEON's paper).
-    """
+def naive_cells(train: CropSet, count: int) -> Geocells:
+    """About `count` rectangles with equal numbers of training crops (the ablation of PIGEON's paper)."""
+    # halving leaves rectangles about three quarters full
+    return create_naive_geocells(train.places.coordinates, max_size=max(1, round(len(train) / count / 0.7)))
+
+
+def cell_table(cells: Geocells, train: CropSet) -> CellTable:
+    """The cells with the middles and radii of the training crops in them; a cell without crops keeps its own."""
     places = train.places
-    if naive:
-        # halving leaves rectangles about three quarters full
-        used = len(np.unique(places.geocell))
-        cells = create_naive_geocells(places.coordinates, max_size=max(1, round(len(places) / used / 0.7)))
-        labels = np.asarray(cells.locate(places.latitude, places.longitude))
-    else:
-        labels = places.geocell
+    labels = np.asarray(cells.locate(places.latitude, places.longitude))
     middles = grouped_spherical_means(places.latitude, places.longitude, labels, len(cells))
     empty = np.isnan(middles[:, 0])
     centroids = np.where(empty[:, None], cells.centroids, middles)
@@ -336,7 +352,9 @@ __all__ = [
     "cell_table",
     "clip_loss",
     "fit",
+    "naive_cells",
     "new_clip",
     "new_pigeon",
     "pigeon_loss",
+    "semantic_cells",
 ]

@@ -58,7 +58,8 @@ def test_a_run_leaves_models_that_load_and_says_what_it_measured(finished):
     for name in ("seen", "held_out"):
         results = evaluation["sets"][name]
         assert results["crops"] == 24
-        for row in ("pigeon", "pigeon_without_refinement", "zero_shot", "regression", "chance", "mean", "nearest"):
+        parts = ("pigeon", "pigeon_without_refinement", "pigeon_prototype_places", "pigeon_centroids")
+        for row in (*parts, "zero_shot", "regression", "chance", "mean", "nearest"):
             assert {"within_200km", "within_750km", "within_2500km", "median_km", "country_accuracy"} <= set(results[row])
         assert (finished / f"{name}.html").is_file()
     assert evaluation["stages"]["clip"]["steps"] == evaluation["stages"]["pigeon"]["steps"] == 3
@@ -106,17 +107,19 @@ def test_a_run_goes_on_where_it_stopped_and_ends_as_if_it_had_not(sources, finis
         earthclip.main([*options, "--seed", "1"])
 
 
-@pytest.mark.parametrize("ablation", ["no_smoothing", "naive_cells", "no_pretraining", "no_multitask", "no_refinement"])
+@pytest.mark.parametrize("ablation", ["no_smoothing", "naive_cells", "no_pretraining", "no_multitask", "world_cells"])
 def test_ablations_leave_out_what_they_say(sources, finished, tmp_path, ablation):
-    options = [*sources, "--output", str(tmp_path / "run"), "--steps", "1", "1", "--ablation", ablation]
+    sets = ["--sets", str(finished / "work"), "--no-baselines"]
+    options = [*sources, *sets, "--output", str(tmp_path / "run"), "--steps", "1", "1", "--ablation", ablation]
     if ablation != "no_pretraining":
         options += ["--clip", str(finished / "streetclip")]
     earthclip.main(options)
     config = json.loads((tmp_path / "run/pigeon/config.json").read_text())
     assert (config["smoothing_tau_km"] is None) == (ablation == "no_smoothing")
     assert (config["heads"] == []) == (ablation == "no_multitask")
-    assert (config["num_prototypes"] == 0) == (ablation == "no_refinement")
-    assert (config["num_cells"] != 2659) == (ablation == "naive_cells")
+    full = json.loads((finished / "pigeon/config.json").read_text())
+    assert (config["num_cells"] == 2659) == (ablation == "world_cells")
+    assert (config["num_cells"] == full["num_cells"]) == (ablation not in ("world_cells", "naive_cells"))
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["stages"]["clip"] is None
 
 
