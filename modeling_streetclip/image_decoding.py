@@ -19,6 +19,9 @@ logger = logging.get_logger(__name__)
 
 MAX_PIXELS = 89_478_485  # Pillow warns above, a quarter of a gigabyte as RGB
 ORIENTATION = 0x0112
+JPEG_START = b"\xff\xd8\xff"
+# of the blocks in which a JPEG file may tell an orientation
+METADATA = (b"Exif\0\0", b"tiff:Orientation")
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,8 +55,8 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
     a quarter or an eighth of their size, several times faster, as long as no edge gets shorter than this; it is off by default
     since the result is not quite what full decoding and resizing gives.
 
-    Where `simplejpeg` is installed (it comes with `geobased[geo]`), it decodes whole colour JPEG files: to Pillow's pixels, but
-    without the interpreter's lock, which Pillow holds while it hands its pixels over.
+    Where `simplejpeg` is installed (it comes with `geobased[geo]`), it decodes colour JPEG files: to Pillow's pixels, but without
+    the interpreter's lock, which Pillow holds while it hands pixels over. Files without EXIF do not pass through Pillow at all.
 
     Raises `UnreadableImageError` (a `ValueError`) for files that are missing, no image, truncated or damaged, above max_pixels,
     and for 32-bit pixels, of which the range is unknown.
@@ -61,6 +64,8 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
     name = _name(source)
     try:
         contents = _contents(source)
+        if contents is not None and jpeg_edge is None and (decoded := _plain_jpeg(contents, max_pixels)) is not None:
+            return torch.from_numpy(decoded).permute(2, 0, 1)
         image = source if isinstance(source, Image.Image) else _open(cast(BinaryIO, source) if contents is None else contents)
         if image.width * image.height > max_pixels:
             raise UnreadableImageError(
@@ -69,10 +74,13 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
             )
         if jpeg_edge is not None and image is not source and image.format == "JPEG":
             image.draft(None, (jpeg_edge, jpeg_edge))
-        elif contents is not None and (decoded := _jpeg_pixels(contents, image)) is not None:
-            turn = _turn(image)
-            upright = decoded if turn is None else np.array(Image.fromarray(decoded).transpose(turn))
-            return torch.from_numpy(upright).permute(2, 0, 1)
+        elif contents is not None and image.mode == "RGB" and image.format in ("JPEG", "MPO"):
+            # an MPO file is a JPEG with further pictures behind the first
+            decoded = _jpeg_pixels(contents)
+            if decoded is not None:
+                turn = _turn(image)
+                upright = decoded if turn is None else np.array(Image.fromarray(decoded).transpose(turn))
+                return torch.from_numpy(upright).permute(2, 0, 1)
         image.load()
         pixels, turn = _rgb(image, name), _turn(image)
         return torch.from_numpy(np.array(pixels if turn is None else pixels.transpose(turn))).permute(2, 0, 1)
@@ -114,7 +122,7 @@ def decode_images(
     num_threads = (os.cpu_count() or 1) if num_threads is None else num_threads
     if num_threads < 1 or ahead < 1:
         raise ValueError(f"num_threads={num_threads} and ahead={ahead} must be at least 1")
-    if num_threads > 1 and _jpeg_decoder() is None:
+    if num_threads > 1 and _jpeg_library() is None:
         logger.warning_once(
             "simplejpeg is not installed: Pillow decodes JPEG files, whose threads wait for each other; pip install simplejpeg"
         )
@@ -164,24 +172,33 @@ def _open(source: bytes | BinaryIO) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _jpeg_decoder() -> Any:
-    """simplejpeg's, or None where it is not installed."""
+def _jpeg_library() -> Any:
+    """simplejpeg, or None where it is not installed."""
     try:
-        from simplejpeg import decode_jpeg
+        import simplejpeg
     except ImportError:
         return None
-    return decode_jpeg
+    return simplejpeg
 
 
-def _jpeg_pixels(contents: bytes, image: Image.Image) -> np.ndarray | None:
-    """uint8 [height, width, 3] of a colour JPEG file; None for other files and for what Pillow has to judge."""
-    decode = _jpeg_decoder()
-    # an MPO file is a JPEG with further pictures behind the first
-    if decode is None or image.mode != "RGB" or image.format not in ("JPEG", "MPO"):
+def _plain_jpeg(contents: bytes, max_pixels: int) -> np.ndarray | None:
+    """uint8 [height, width, 3] of a colour JPEG file that says nothing of being turned; None for what Pillow has to look at."""
+    library = _jpeg_library()
+    if library is None or not contents.startswith(JPEG_START) or any(word in contents for word in METADATA):
         return None
     try:
-        return decode(contents, colorspace="RGB")
-    except ValueError:  # anything that is not quite a JPEG
+        height, width, colors, _ = library.decode_jpeg_header(contents)
+    except ValueError:
+        return None
+    return _jpeg_pixels(contents) if height * width <= max_pixels and colors in ("YCbCr", "RGB") else None
+
+
+def _jpeg_pixels(contents: bytes) -> np.ndarray | None:
+    """uint8 [height, width, 3] of a colour JPEG file, as it lies; None without simplejpeg, and for what is not quite a JPEG."""
+    library = _jpeg_library()
+    try:
+        return None if library is None else library.decode_jpeg(contents, colorspace="RGB")
+    except ValueError:
         return None
 
 

@@ -1,5 +1,7 @@
 """An image tower as CUDA graphs: many threads decode images, and each of hundreds of launches from Python would wait for them."""
 
+import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,7 +10,6 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
-WARM_UP_CALLS = 2
 
 
 class FeatureGraphs:
@@ -27,19 +28,18 @@ class FeatureGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         try:
             with torch.no_grad():
+                # whatever is compiled or allocated once must not be part of a graph
+                embed(example)
                 self._graphs = {stream.cuda_stream: self._captured(example, stream) for stream in streams}
         except Exception as error:
             torch.cuda.synchronize(example.device)
+            _end_failed_capture()
             logger.warning_once(f"the image tower runs without a CUDA graph, more slowly: {type(error).__name__}: {error}")
 
     def _captured(
         self, example: torch.Tensor, stream: torch.cuda.Stream
     ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
         inputs = example.clone()
-        stream.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):
-                self._embed(inputs)
         torch.cuda.synchronize(example.device)
         graph = torch.cuda.CUDAGraph()
         # other threads may allocate meanwhile
@@ -55,6 +55,12 @@ class FeatureGraphs:
         inputs.copy_(pixel_values)
         graph.replay()
         return features.clone()
+
+
+def _end_failed_capture() -> None:
+    """torch's random generator goes on as if a capture that failed still ran; one that succeeds ends it."""
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        pass
 
 
 __all__ = ["FeatureGraphs"]

@@ -43,6 +43,7 @@ from geobased.training.earthclip_evaluation import (
     evaluate_set,
     labelled,
     regression_head,
+    save_example,
     zero_shot,
 )
 from geobased.training.earthclip_stages import (
@@ -65,7 +66,7 @@ from geobased.training.streetclip_captions import token_table
 CLIP_SHARE, PIGEON_SHARE = 0.3, 0.6
 # cards, configurations and processors of the PIGEON folder
 RESERVED_BYTES = 150_000
-RUN_FILE, EVALUATION_FILE = "run.json", "evaluation.json"
+RUN_FILE, EVALUATION_FILE, EXAMPLE_FILE = "run.json", "evaluation.json", "example.png"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class EarthclipArguments:
         sets: folder for places and geocells, which runs with the same seed and sizes share; the run's own by default.
         ablation: name in `ABLATIONS`: what is left out.
         clip: a `streetclip` folder of another run, in place of the first stage: ablations of the second share their CLIP.
+        models: folders of a PIGEON and its CLIP that are measured again; nothing is trained.
         seed: of everything, the held-out blocks too.
         training_seed: of the weights and batches alone: runs that differ in nothing else tell how much chance there is.
         baselines: whether the set's baselines are measured too, which no training changes.
@@ -102,6 +104,7 @@ class EarthclipArguments:
     steps: tuple[int, int] | None = None
     ablation: str | None = None
     clip: Path | None = None
+    models: tuple[Path, Path] | None = None
     sets: Path | None = None
     seed: int = 0
     training_seed: int | None = None
@@ -120,8 +123,9 @@ class EarthclipArguments:
             raise ValueError(f"seconds={self.seconds} and steps={self.steps} must be positive")
         if self.clip is not None and self.ablation == "no_pretraining":
             raise ValueError("no_pretraining starts from an untrained tower: leave the CLIP folder out")
-        if self.clip is not None and not Path(self.clip, "config.json").is_file():
-            raise FileNotFoundError(f"{self.clip} is no CLIP folder: it has no config.json")
+        for folder, kind in ((self.clip, "CLIP"), *zip(self.models or (), ("PIGEON", "CLIP"), strict=False)):
+            if folder is not None and not Path(folder, "config.json").is_file():
+                raise FileNotFoundError(f"{folder} is no {kind} folder: it has no config.json")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here: use the device cpu")
 
@@ -129,6 +133,8 @@ class EarthclipArguments:
         """What decides the result, as JSON has it."""
         left_out = ("output", "sets", "device", "progress")
         plain = {name: value for name, value in asdict(self).items() if name not in left_out}
+        # a folder elsewhere changes nothing
+        plain["files"] = json.loads(json.dumps(plain["files"], default=lambda path: Path(path).name))
         return json.loads(json.dumps({**plain, "sizes": asdict(PRESETS[self.preset])}, default=str))
 
 
@@ -154,6 +160,12 @@ class EarthclipRun:
         """Everything. Returns the content of `evaluation.json`."""
         started = time.monotonic()
         train = self._set("train", self.preset.train_places, self.preset.caption_draws)
+        if self.arguments.models is not None:
+            sets, example = self._evaluate(train, cell_table(self._cells(train), train), *self.arguments.models)
+            evaluation: dict[str, Any] = {"settings": self.arguments.facts(), "sets": sets, "example": example}
+            evaluation["versions"] = versions()
+            write_json(self.output / EVALUATION_FILE, evaluation)
+            return evaluation
         clip, tokenizer = self._clip(train)
         # an untrained CLIP is saved too: every run leaves the same folders
         clip_folder = save_model_folder(clip, [tokenizer, self.processor], self.output / "streetclip", "bfloat16")
@@ -161,7 +173,7 @@ class EarthclipRun:
         pigeon = self._pigeon(clip, train, table)
         prototypes, calibration = self._finish(pigeon, train, table, _bytes(clip_folder))
         pigeon_folder = save_model_folder(pigeon, [self.processor], self.output / "pigeon", "bfloat16")
-        sets = self._evaluate(train, table)
+        sets, example = self._evaluate(train, table, pigeon_folder, clip_folder)
         sizes = {folder.name: _bytes(folder) for folder in (clip_folder, pigeon_folder)}
         evaluation = {
             "settings": {
@@ -183,6 +195,7 @@ class EarthclipRun:
             "prototypes": prototypes,
             "calibration": calibration,
             "sets": sets,
+            "example": example,
             "bytes": {**sizes, "together": sum(sizes.values())},
             "seconds": round(time.monotonic() - started, 1),
             "versions": versions(),
@@ -293,12 +306,14 @@ class EarthclipRun:
         seen = (embed(model, self.data, validation, progress=progress), validation.places.coordinates)
         return prototypes, calibrate(model, held_out, seen, progress=progress)
 
-    def _evaluate(self, train: CropSet, table: CellTable) -> dict[str, Any]:
-        """The fourth stage, on the folders as they were stored."""
+    def _evaluate(
+        self, train: CropSet, table: CellTable, pigeon_folder: Path, clip_folder: Path
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """The fourth stage, on the folders as they were stored: metrics of each set, and where the example crop lies."""
         preset, progress, seed, device = self.preset, self.arguments.progress, self.arguments.seed, self.data.image.device
-        model = _loaded(PigeonForImageGeolocalization, self.output / "pigeon", device)
-        clip = _loaded(StreetCLIPModel, self.output / "streetclip", device)
-        tokenizer = AutoTokenizer.from_pretrained(self.output / "streetclip")
+        model = _loaded(PigeonForImageGeolocalization, pigeon_folder, device)
+        clip = _loaded(StreetCLIPModel, clip_folder, device)
+        tokenizer = AutoTokenizer.from_pretrained(clip_folder)
         sets = {name: self._set(name, preset.evaluation_crops) for name in ("seen", "held_out")}
         embeddings = {name: embed(model, self.data, crops, progress=progress) for name, crops in sets.items()}
         neighbours, regressed = None, list[Any]([None] * len(sets))
@@ -323,7 +338,7 @@ class EarthclipRun:
                 report=self.output / f"{name}.html",
                 progress=progress,
             )
-        return results
+        return results, save_example(self.data, sets["held_out"], self.output / EXAMPLE_FILE)
 
     def _truth(self, crops: CropSet, table: CellTable) -> tuple[np.ndarray, np.ndarray]:
         """Coordinates [n, 2] and cells [n] of the table's."""
@@ -376,6 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs=2, metavar=("CLIP", "PIGEON"), help="in place of what the seconds allow")
     parser.add_argument("--ablation", choices=ABLATIONS, help="what is left out")
     parser.add_argument("--clip", type=Path, help="streetclip folder of another run, in place of the first stage")
+    folders = ("PIGEON", "CLIP")
+    parser.add_argument("--models", type=Path, nargs=2, metavar=folders, help="folders that are measured again; trains nothing")
     parser.add_argument("--sets", type=Path, help="folder for places and geocells that runs share (default: the run's own)")
     parser.add_argument("--seed", type=int, default=0, help="of everything, the held-out blocks too")
     parser.add_argument("--training-seed", type=int, help="of weights and batches alone (default: the seed)")
@@ -392,8 +409,10 @@ def main(arguments: list[str] | None = None) -> None:
         )
         options = {name: getattr(given, name) for name in ("output", "preset", "seconds", "ablation", "clip", "sets", "seed")}
         options |= {name: getattr(given, name) for name in ("training_seed", "baselines", "tau_km", "disjoint", "device")}
-        steps = None if given.steps is None else tuple(given.steps)
-        run = EarthclipArguments(files, steps=steps, degrees=tuple(given.degrees), progress=not given.quiet, **options)
+        steps, models = (None if pair is None else tuple(pair) for pair in (given.steps, given.models))
+        run = EarthclipArguments(
+            files, steps=steps, models=models, degrees=tuple(given.degrees), progress=not given.quiet, **options
+        )
         evaluation = train(run)
     except (FileNotFoundError, ValueError, FloatingPointError) as error:
         sys.exit(f"earthclip: {error}")

@@ -31,7 +31,10 @@ tags:
 
 It was trained from scratch on crops of one picture of the Earth from space (NASA's Blue Marble;
 {low:g} to {high:g} degrees across, about {low_km:,.0f} to {high_km:,.0f} km) and knows nothing else. What it
-answers to a photo taken on the ground, or to an aerial photo of a town, means nothing.
+answers to a photo taken on the ground, or to an aerial photo of a town, means nothing. It is made for trying geobased offline and
+for research on geolocalization, not for finding people, nor for decisions about anyone.
+
+{usage}
 
 ## Measured
 
@@ -45,13 +48,17 @@ The weights measured are the ones stored here.
 Zero-shot country accuracy (captions of {countries} countries): {zero_seen} % in seen areas, {zero_held_out} % in held-out blocks.
 The error radius at 90 % held the true place for {radius_seen} % of crops of seen areas and for {radius_held_out} % of held-out
 blocks; it was calibrated on further held-out blocks, different from the ones measured.
+{abstention}
 
+Places are those of greatest likelihood, the inverse of haversine smoothing: the table's other rows leave that or the prototypes
+out.{refinement}
+{ablations}
 ## Training
 
 {training}
 
-Run again: `python -m geobased.training.earthclip`; `evaluation.json` beside this folder has all arguments. Both folders together:
-{megabytes:.1f} MB.
+Trained and measured again by `benchmarks/train_earthclip_mini.sh`; measured alone by `python -m geobased.training.earthclip` with
+`--models`. `evaluation.json` (with the PIGEON model) has all arguments and numbers. CLIP and PIGEON together: {megabytes:.1f} MB.
 
 ## Data
 
@@ -78,12 +85,46 @@ _ABOUT = {
 }
 
 
-def earthclip_card(part: str, evaluation: dict[str, Any]) -> str:
+_USAGE = {
+    "streetclip": """```python
+import geobased
+from transformers import pipeline
+from geobased.modeling_streetclip.zero_shot import SearchLevel
+
+countries = SearchLevel("country", ("A satellite photo in {country}.",))
+locate = pipeline("image-geolocalization", model=geobased.checkpoint_path("earthclip-mini-clip"), levels=(countries,))
+locate("crop.png")[0]["country"]
+```""",
+    "pigeon": """`geobased locate crop.png --map map.html`, or
+
+```python
+import geobased
+from transformers import pipeline
+
+locate = pipeline("image-geolocalization", model=geobased.checkpoint_path("earthclip-mini"))
+best = locate("crop.png")[0]
+best["latitude"], best["longitude"], best["error_radius_km"], best["abstain"]
+```""",
+}
+_UNREFINED = """ On validation crops prototypes did not help: calibration gave
+them no say (`refinement_top_k` is 1), so that the rows with and without them are equal."""
+_ABLATIONS = """
+### Ablations
+
+In the form of PIGEON's. Heads and towers trained for fewer steps than the model stored here, all on its CLIP, equal but for the
+part named; mean and standard deviation over training seeds where there are several.
+
+{table}
+"""
+
+
+def earthclip_card(part: str, evaluation: dict[str, Any], ablations: str | None = None) -> str:
     """The card as Markdown.
 
     Args:
         part: "streetclip" or "pigeon".
         evaluation: what `evaluation.json` holds.
+        ablations: the table of `earthclip_ablations`, if there is one.
     """
     sets, settings = evaluation["sets"], evaluation["settings"]
     low, high = settings["degrees"]
@@ -94,6 +135,10 @@ def earthclip_card(part: str, evaluation: dict[str, Any]) -> str:
         task="zero-shot-image-classification" if part == "streetclip" else "image-classification",
         part="CLIP" if part == "streetclip" else "PIGEON",
         about=_ABOUT[part],
+        usage=_USAGE[part],
+        abstention=_abstention(evaluation),
+        refinement=_UNREFINED if evaluation["calibration"]["refinement_top_k"] == 1 else "",
+        ablations="" if ablations is None else _ABLATIONS.format(table=ablations),
         low=low,
         high=high,
         low_km=low * 111.195,
@@ -113,6 +158,20 @@ def earthclip_card(part: str, evaluation: dict[str, Any]) -> str:
         radius_held_out=coverage["held_out"],
         training=_training(evaluation),
         megabytes=evaluation["bytes"]["together"] / 1e6,
+    )
+
+
+def _abstention(evaluation: dict[str, Any]) -> str:
+    """How many answers are held back, and how good the others are."""
+    radius = evaluation["calibration"].get("abstain_radius_km")
+    found = {name: evaluation["sets"][name].get("answered") for name, _ in SETS}
+    if radius is None or not all(found.values()):
+        return "It never abstains."
+    shares = {name: f"{100 * answered['share']:.1f}" for name, answered in found.items()}
+    medians = {name: _cell(answered["metrics"].get("median_km")) for name, answered in found.items()}
+    return (
+        f"It abstains where that radius is above {radius:,.0f} km: it answers for {shares['seen']} % of crops of seen areas"
+        f" (median {medians['seen']} km) and for {shares['held_out']} % of held-out blocks ({medians['held_out']} km)."
     )
 
 

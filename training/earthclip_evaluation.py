@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -23,6 +24,7 @@ from geobased.training.earth_baselines import LabelledCrops, evaluate_baselines
 from geobased.training.earth_crops import SATELLITE
 from geobased.training.earthclip_data import CropSet, EarthData
 from geobased.training.streetclip_captions import token_table
+from geobased.whole_file import whole_file
 
 CROPS_PER_PASS = 512
 NEIGHBOUR_SIDE = 16
@@ -35,6 +37,10 @@ TUNED_TEMPERATURES = (0.02, 0.05, 0.1, 0.3, 1000.0)
 # of the smoothing's length; None are places of prototypes
 TUNED_PLACES = (None, 0.35, 0.5, 0.7, 1.0, 1.4)
 UNSMOOTHED_TAU_KM = 100.0
+# an answer that may be farther off says nothing
+ABSTAIN_RADIUS_KM = 1000.0
+# held-out crops of which the example is the most colourful
+EXAMPLE_CROPS = 200
 # what the answer is without one of its last steps, and without both
 PARTS: dict[str, dict[str, Any]] = {
     "pigeon_without_refinement": {"refine": False},
@@ -59,24 +65,24 @@ def embed(model: PigeonForImageGeolocalization, data: EarthData, crops: CropSet,
 def locate(
     model: PigeonForImageGeolocalization, embeddings: torch.Tensor, *, refine: bool = True, place_rule: str | None = None
 ) -> dict[str, np.ndarray]:
-    """coordinates [n, 2], radius_km [n], score [n] and cell [n] of the model's answers to embeddings [n, hidden_size].
+    """coordinates [n, 2], radius_km, score, cell and abstain, [n] each, of the model's answers to embeddings [n, hidden_size].
 
     place_rule takes the place of the model's own.
     """
-    parts: dict[str, list[torch.Tensor]] = {"coordinates": [], "radius_km": [], "score": [], "cell": []}
+    parts: dict[str, list[torch.Tensor]] = {"coordinates": [], "radius_km": [], "score": [], "cell": [], "abstain": []}
     own_rule = model.config.place_rule
     model.config.place_rule = place_rule or own_rule
     for part in embeddings.split(CROPS_PER_PASS):
         answer = model.locate(embeddings=part, refine=refine, top_k=1)
         assert answer.candidate_scores is not None and answer.candidate_cells is not None
-        values = (answer.coordinates, answer.error_radius_km, answer.candidate_scores[:, 0], answer.candidate_cells[:, 0])
+        best = (answer.candidate_scores[:, 0], answer.candidate_cells[:, 0])
+        values = (answer.coordinates, answer.error_radius_km, *best, answer.abstain)
         for found, value in zip(parts.values(), values, strict=True):
             assert value is not None
             found.append(value.cpu())
     model.config.place_rule = own_rule
-    return {
-        name: torch.cat(found).double().numpy() if name != "cell" else torch.cat(found).numpy() for name, found in parts.items()
-    }
+    whole = {name: torch.cat(found) for name, found in parts.items()}
+    return {name: (values.double() if values.is_floating_point() else values).numpy() for name, values in whole.items()}
 
 
 def compact_prototypes(prototypes: PigeonPrototypes, max_bytes: int) -> PigeonPrototypes:
@@ -151,7 +157,7 @@ def calibrate(
     *,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Fits the temperature of cells, refinement, the rule of places and the error radius.
+    """Fits the temperature of cells, refinement, the rule of places and the error radius, above which answers abstain.
 
     Args:
         held_out: embeddings [n, hidden_size], coordinates [n, 2] and cells [n] of crops in blocks that neither training nor the
@@ -193,10 +199,12 @@ def calibrate(
     errors = np.asarray(haversine_km(*answers["coordinates"].T, *places.T))
     coverage = config.radius_coverage
     config.radius_scales = {str(coverage): fit_radius_scale(answers["radius_km"], errors, coverage)}
+    config.abstain_radius_km = ABSTAIN_RADIUS_KM
     return {
         "cell_temperature": config.cell_temperature,
         **best,
         "radius_scales": config.radius_scales,
+        "abstain_radius_km": config.abstain_radius_km,
         "tried": [{"held_out_km": held_out_km, "seen_km": seen_km, **option} for held_out_km, seen_km, option in tried],
     }
 
@@ -302,7 +310,8 @@ def evaluate_set(
 
     Returns:
         {"crops", "pigeon", "pigeon_without_refinement", "pigeon_prototype_places", "pigeon_centroids", "zero_shot",
-        "regression", "chance", "mean", "nearest"}: metrics with their intervals, and the calibration of the model's answers.
+        "regression", "chance", "mean", "nearest"}: metrics with their intervals; "answered": the model's for the crops that it
+        does not abstain from, and their share; "calibration" of its answers.
     """
     truths, codes = crops.places.coordinates, crops.countries.tolist()
 
@@ -317,6 +326,7 @@ def evaluate_set(
         confidences=np.clip(answers["score"], 0, 1),
         correct=answers["cell"] == cells,
         error_radii_km={model.config.radius_coverage: answers["radius_km"]},
+        abstained=answers["abstain"],
         progress=progress,
     )
     if report is not None:
@@ -336,7 +346,20 @@ def evaluate_set(
         results |= evaluate_baselines(neighbours, labelled(data, crops), side=side, seed=seed, bootstrap=bootstrap)
     plain = {name: result.to_dict() for name, result in results.items()}
     metrics = {name: result["metrics"] for name, result in plain.items()}
-    return {"crops": len(crops), **metrics, "calibration": plain["pigeon"]["calibration"]}
+    answered = plain["pigeon"]["answered"]
+    return {"crops": len(crops), **metrics, "answered": answered, "calibration": plain["pigeon"]["calibration"]}
+
+
+def save_example(data: EarthData, crops: CropSet, path: Path) -> dict[str, float]:
+    """Writes a crop as PNG, and returns its place: of the first ones the most colourful, however well it is located."""
+    few = crops.places[:EXAMPLE_CROPS]
+    pixels = data.pixels(few)
+    row = int((pixels[:, 0] - pixels[:, 2]).flatten(1).std(1).argmax())
+    picture = (pixels[row] * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+    with whole_file(path) as temporary:
+        Image.fromarray(picture).save(temporary, "PNG")
+    names = ("latitude", "longitude", "degrees", "rotation")
+    return {name: round(float(getattr(few, name)[row]), 4) for name in names}
 
 
 def country_at(cells: Geocells, coordinates: np.ndarray) -> list[str]:
@@ -361,5 +384,6 @@ __all__ = [
     "labelled",
     "locate",
     "regression_head",
+    "save_example",
     "zero_shot",
 ]

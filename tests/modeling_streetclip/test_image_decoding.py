@@ -339,3 +339,55 @@ def test_bad_options(options):
 
 def test_no_images():
     assert list(decode_images([])) == []
+
+
+# --- simplejpeg -------------------------------------------------------------------------------------------------------
+
+
+def without_simplejpeg(contents: bytes) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_decoding, "_jpeg_library", lambda: None)
+        return decode_image(contents)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(48, 64), (47, 65), (1, 1), (8, 300)])
+def test_simplejpeg_gives_pillows_pixels(subsampling, progressive, size):
+    pytest.importorskip("simplejpeg")
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    contents = encoded(Image.fromarray(noise), "JPEG", quality=85, subsampling=subsampling, progressive=progressive)
+    assert image_decoding._plain_jpeg(contents, 1 << 20) is not None
+    assert torch.equal(decode_image(contents), without_simplejpeg(contents))
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [with_exif(6), with_exif(1), encoded(picture(mode="L"), "JPEG"), encoded(picture(mode="CMYK"), "JPEG"), encoded(picture())],
+    ids=["turned", "exif", "grey", "cmyk", "png"],
+)
+def test_what_needs_pillow_goes_to_pillow(contents):
+    assert image_decoding._plain_jpeg(contents, 1 << 20) is None
+    assert torch.equal(decode_image(contents), without_simplejpeg(contents))
+
+
+def test_an_orientation_in_xmp_is_applied():
+    """As Pillow reads it, from a file without EXIF."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    contents = encoded(picture(40, 60), "JPEG", xmp=xmp)
+    assert decode_image(contents).shape == (3, 60, 40)
+
+
+def test_a_bomb_is_refused_with_and_without_simplejpeg():
+    contents = encoded(picture(48, 64), "JPEG")
+    for decode in (decode_image, lambda contents, **options: decode_image(io.BytesIO(contents), **options)):
+        with pytest.raises(UnreadableImageError, match="64 x 48 pixels, more than max_pixels=100"):
+            decode(contents, max_pixels=100)
+
+
+def test_threads_without_simplejpeg_say_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(image_decoding, "_jpeg_library", lambda: None)
+    image_decoding.logger.warning_once.cache_clear()
+    for _ in range(2):
+        list(decode_images([encoded(picture(), "JPEG")], num_threads=2))
+    assert caplog.text.count("simplejpeg is not installed") == 1

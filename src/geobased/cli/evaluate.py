@@ -16,6 +16,7 @@ from geobased.whole_file import whole_file
 from .errors import CommandError
 from .locate import BatchSize, Beam, Dtype, Levels, Model, Threads, load_geolocalizer, locate_images
 from .options import Debug, Device
+from .sources import DEFAULT_GEOLOCALIZER
 
 if TYPE_CHECKING:
     from geobased.geography.evaluation import EvaluationResult
@@ -61,7 +62,7 @@ def evaluate(
             " folder.",
         ),
     ],
-    model: Model = None,
+    model: Model = DEFAULT_GEOLOCALIZER,
     images: Annotated[
         Path | None, typer.Option(help="The folder that paths start at, if it is not the list's.", show_default=False)
     ] = None,

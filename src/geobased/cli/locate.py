@@ -11,12 +11,13 @@ import typer
 
 from .errors import BAD_INPUT, CommandError
 from .options import Debug, Device
-from .sources import loading, parse_device, parse_dtype, quiet_transformers, resolve_model
+from .sources import DEFAULT_GEOLOCALIZER, loading, parse_device, parse_dtype, quiet_transformers, resolve_model
 
 if TYPE_CHECKING:
     from geobased.pipelines import ImageGeolocalizationPipeline
 
 EXAMPLES = (
+    "geobased locate crop.png --map map.html",
     "geobased locate photo.jpg --model geolocal/StreetCLIP",
     "geobased locate *.jpg --model ./my-pigeon --top-k 3 --map places.html",
     "geobased locate https://example.org/photo.jpg --model ./my-pigeon --json",
@@ -25,14 +26,19 @@ LEVEL_NAMES = ("country", "region", "city")
 # fewer take seconds
 PROGRESS_FROM = 8
 THUMBNAIL_PIXELS = 360
-NO_MODEL = (
-    "no model for image geolocalization ships with geobased yet: pass --model with a folder or a Hub id of a PIGEON model,"
-    " StreetCLIP (geolocal/StreetCLIP) or another CLIP"
+OVERHEAD_ONLY = (
+    "earthclip-mini knows pictures of the Earth from space, 2 to 8 degrees across, and nothing else: for photos taken on the"
+    " ground pass --model geolocal/StreetCLIP"
 )
 
 Model = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="A folder or Hub id: PIGEON, StreetCLIP or another CLIP. Needed.", show_default=False),
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A shipped model, a folder or a Hub id: PIGEON, StreetCLIP or another CLIP. The default is for pictures from space;"
+        " geolocal/StreetCLIP is for photos.",
+    ),
 ]
 Levels = Annotated[
     str | None,
@@ -58,7 +64,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; au
 
 def locate(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files or URLs.")],
-    model: Model = None,
+    model: Model = DEFAULT_GEOLOCALIZER,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Places to show of each image.")] = 5,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     map_file: Annotated[
@@ -90,6 +96,8 @@ def locate(
         print(json.dumps(report, ensure_ascii=False))
     else:
         _show(report)
+        if model == DEFAULT_GEOLOCALIZER and any(entry.get("abstain") for entry in report):
+            print(f"note: {OVERHEAD_ONLY}", file=sys.stderr)
     failed = [entry for entry in report if "error" in entry]
     for entry in failed:
         print(f"error: {entry['error']}", file=sys.stderr)
@@ -98,11 +106,9 @@ def locate(
 
 
 def load_geolocalizer(
-    model: str | None, levels: str | None, beam: int | None, device: str, dtype: str
+    model: str, levels: str | None, beam: int | None, device: str, dtype: str
 ) -> "ImageGeolocalizationPipeline":
     """The pipeline for a model; all that can be wrong with it ends in a sentence."""
-    if model is None:
-        raise CommandError(NO_MODEL)
     names = None if levels is None else [name.strip() for name in levels.split(",")]
     if unknown := [name for name in names or [] if name not in LEVEL_NAMES]:
         raise CommandError(f"--levels has {unknown[0]!r}: give some of {', '.join(LEVEL_NAMES)}, separated by commas")

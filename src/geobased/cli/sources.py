@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_MODEL = "based-mini"
+DEFAULT_MODEL, DEFAULT_GEOLOCALIZER = "based-mini", "earthclip-mini"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model", "sentencepiece*")
 HUB_TIMEOUT_SECONDS = 3.0
@@ -36,7 +36,7 @@ def resolve_model(model: str) -> str:
         raise CommandError(f"{model} is a file: give the folder that holds config.json and the weights")
     if model in shipped_checkpoints():
         return geobased.checkpoint_path(model)
-    if model == DEFAULT_MODEL:
+    if model in (DEFAULT_MODEL, DEFAULT_GEOLOCALIZER):
         raise CommandError(f"the checkpoint {model} is missing from this installation: give --model a folder or a Hub id")
     check_hub_id(model)
     return model
