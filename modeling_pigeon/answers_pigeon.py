@@ -24,8 +24,9 @@ class PigeonAnswer(ModelOutput):
         abstain: [batch] bool, whether the answer is too uncertain by the configuration's abstain_radius_km and
             abstain_probability.
         candidate_cells: [batch, top_k], the best geocells, best first.
-        candidate_scores: [batch, top_k], their probabilities after refinement.
-        candidate_coordinates: [batch, top_k, 2], a place in each.
+        candidate_scores: [batch, top_k], their probabilities after refinement; with place_rule "likelihood" those of the cell and
+            all around it, and 0 where there is no further place.
+        candidate_coordinates: [batch, top_k, 2], a place in each, or around it.
         cell_probabilities: [batch, num_cells], before refinement, after cell_temperature.
         embeddings: [batch, hidden_size].
     """

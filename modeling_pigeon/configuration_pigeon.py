@@ -72,6 +72,7 @@ class PigeonConfig(PreTrainedConfig):
             Where in a candidate cell an answer lies: `"prototype"`, at the image nearest to the query among those of the cell's
             nearest prototype, or at the cell's centroid if it has none (PIGEON); or `"likelihood"`, where the probabilities of
             the cells around it say, as the smoothing of the targets has it (not in the paper; see `placement_pigeon.py`).
+            Candidates are then such surroundings, with the sum of their probabilities.
         place_tau_km (`float`, *optional*):
             The smoothing that `"likelihood"` undoes; `smoothing_tau_km` if not given. Other values make up for
             `cell_temperature` and for an overconfident head; fitted on held-out images.

@@ -17,7 +17,7 @@ from .geocells_pigeon import GeocellTable
 from .geodesy_pigeon import UNSET, check_coordinates
 from .heads_pigeon import PigeonHeads
 from .loss_pigeon import cell_loss
-from .placement_pigeon import likeliest_places
+from .placement_pigeon import LikelyPlaces, likely_places
 from .prototypes_pigeon import PigeonPrototypes
 from .refinement_pigeon import EmbeddingTable, PrototypeRefinement, Refined
 
@@ -341,15 +341,20 @@ class PigeonForImageGeolocalization(PigeonPreTrainedModel):
         if bool(bad.any()):
             raise ValueError(f"image {int(bad.nonzero()[0])} gives no finite logits: are its pixels NaN or infinite?")
         probabilities = (logits / config.cell_temperature).softmax(1)
+        by_likelihood = config.place_rule == "likelihood"
+        found: Refined | LikelyPlaces
         if refine and config.num_prototypes:
-            refined = self.refinement(features, probabilities, centroids, top_k)
+            count = max(top_k, min(config.refinement_top_k, config.num_cells)) if by_likelihood else top_k
+            found = self.refinement(features, probabilities, centroids, count)
         else:
             scores, cells = probabilities.topk(top_k, dim=1)
-            refined = Refined(cells, scores, centroids[cells])
-        if config.place_rule == "likelihood":
+            found = Refined(cells, scores, centroids[cells])
+        if by_likelihood:
+            # with what prototypes say
+            spread = probabilities.scatter(1, found.cells, found.scores.to(probabilities.dtype))
             tau = config.smoothing_tau_km if config.place_tau_km is None else config.place_tau_km
-            refined.coordinates = likeliest_places(probabilities, refined.cells, centroids, tau, config.place_neighbors)
-        best = refined.coordinates[:, 0]
+            found = likely_places(spread, centroids, top_k, tau, config.place_neighbors)
+        best = found.coordinates[:, 0]
         usual = config.radius_coverage
         radius = scale * mass_radius_km(best, probabilities, centroids, radii, coverage)
         if config.abstain_radius_km is None or coverage == usual:
@@ -359,10 +364,10 @@ class PigeonForImageGeolocalization(PigeonPreTrainedModel):
         return PigeonAnswer(
             coordinates=best,
             error_radius_km=radius,
-            abstain=abstains(config, usual_radius, refined.scores[:, 0]),
-            candidate_cells=refined.cells,
-            candidate_scores=refined.scores,
-            candidate_coordinates=refined.coordinates,
+            abstain=abstains(config, usual_radius, found.scores[:, 0]),
+            candidate_cells=found.cells,
+            candidate_scores=found.scores,
+            candidate_coordinates=found.coordinates,
             cell_probabilities=probabilities,
             embeddings=features,
         )

