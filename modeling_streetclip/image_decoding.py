@@ -4,9 +4,10 @@
 import io
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,8 +21,8 @@ logger = logging.get_logger(__name__)
 MAX_PIXELS = 89_478_485  # Pillow warns above, a quarter of a gigabyte as RGB
 ORIENTATION = 0x0112
 JPEG_START = b"\xff\xd8\xff"
-# of the blocks in which a JPEG file may tell an orientation
-METADATA = (b"Exif\0\0", b"tiff:Orientation")
+IMAGES_PER_TASK = 4
+EXIF_SEGMENT, EXIF, XMP_ORIENTATION = b"\xff\xe1", b"Exif\0\0", b"tiff:Orientation"
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,7 +57,7 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
     since the result is not quite what full decoding and resizing gives.
 
     Where `simplejpeg` is installed (it comes with `geobased[geo]`), it decodes colour JPEG files: to Pillow's pixels, but without
-    the interpreter's lock, which Pillow holds while it hands pixels over. Files without EXIF do not pass through Pillow at all.
+    the interpreter's lock, which Pillow holds while it reads headers and hands pixels over.
 
     Raises `UnreadableImageError` (a `ValueError`) for files that are missing, no image, truncated or damaged, above max_pixels,
     and for 32-bit pixels, of which the range is unknown.
@@ -64,7 +65,7 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
     name = _name(source)
     try:
         contents = _contents(source)
-        if contents is not None and jpeg_edge is None and (decoded := _plain_jpeg(contents, max_pixels)) is not None:
+        if contents is not None and jpeg_edge is None and (decoded := _jpeg_pixels(contents, max_pixels)) is not None:
             return torch.from_numpy(decoded).permute(2, 0, 1)
         image = source if isinstance(source, Image.Image) else _open(cast(BinaryIO, source) if contents is None else contents)
         if image.width * image.height > max_pixels:
@@ -74,15 +75,8 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
             )
         if jpeg_edge is not None and image is not source and image.format == "JPEG":
             image.draft(None, (jpeg_edge, jpeg_edge))
-        elif contents is not None and image.mode == "RGB" and image.format in ("JPEG", "MPO"):
-            # an MPO file is a JPEG with further pictures behind the first
-            decoded = _jpeg_pixels(contents)
-            if decoded is not None:
-                turn = _turn(image)
-                upright = decoded if turn is None else np.array(Image.fromarray(decoded).transpose(turn))
-                return torch.from_numpy(upright).permute(2, 0, 1)
         image.load()
-        pixels, turn = _rgb(image, name), _turn(image)
+        pixels, turn = _rgb(image, name), _turn(image.getexif)
         return torch.from_numpy(np.array(pixels if turn is None else pixels.transpose(turn))).permute(2, 0, 1)
     except UnreadableImageError:
         raise
@@ -138,15 +132,24 @@ def _decode_ahead(
         except UnreadableImageError as error:
             return error
 
+    def attempt_each(part: list[ImageSource]) -> list[torch.Tensor | UnreadableImageError]:
+        return [attempt(source) for source in part]
+
+    # handing a task to a thread costs as much of the interpreter as decoding an image; a few images are shared out evenly though
+    most = max(1, min(IMAGES_PER_TASK, ahead // (4 * num_threads)))
+    remaining, waiting, read = iter(sources), 0, 0
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-    pending: deque[Future[torch.Tensor | UnreadableImageError]] = deque()
+    pending: deque[Future[list[torch.Tensor | UnreadableImageError]]] = deque()
     try:
-        for source in sources:
-            pending.append(pool.submit(attempt, source))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
+        while part := list(islice(remaining, 1 if read < 2 * num_threads else most)):
+            pending.append(pool.submit(attempt_each, part))
+            waiting, read = waiting + len(part), read + len(part)
+            while waiting > ahead:
+                decoded = pending.popleft().result()
+                waiting -= len(decoded)
+                yield from decoded
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -181,25 +184,42 @@ def _jpeg_library() -> Any:
     return simplejpeg
 
 
-def _plain_jpeg(contents: bytes, max_pixels: int) -> np.ndarray | None:
-    """uint8 [height, width, 3] of a colour JPEG file that says nothing of being turned; None for what Pillow has to look at."""
+def _jpeg_pixels(contents: bytes, max_pixels: int) -> np.ndarray | None:
+    """uint8 [height, width, 3] of a colour JPEG file, upright; None for what Pillow has to judge, and without simplejpeg."""
     library = _jpeg_library()
-    if library is None or not contents.startswith(JPEG_START) or any(word in contents for word in METADATA):
+    if library is None or not contents.startswith(JPEG_START):
+        return None
+    header = _jpeg_header(contents)
+    start = header.find(EXIF)
+    # an orientation elsewhere than in one EXIF segment
+    if XMP_ORIENTATION in header or header.count(EXIF) > 1 or (start >= 0 and header[start - 4 : start - 2] != EXIF_SEGMENT):
         return None
     try:
         height, width, colors, _ = library.decode_jpeg_header(contents)
-    except ValueError:
+        if height * width > max_pixels or colors not in ("YCbCr", "RGB"):
+            return None
+        pixels = library.decode_jpeg(contents, colorspace="RGB")
+    except ValueError:  # anything that is not quite a JPEG
         return None
-    return _jpeg_pixels(contents) if height * width <= max_pixels and colors in ("YCbCr", "RGB") else None
+    if start < 0:
+        return pixels
+    turn = _turn(lambda: _loaded_exif(header[start : start - 2 + int.from_bytes(header[start - 2 : start], "big")]))
+    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
 
 
-def _jpeg_pixels(contents: bytes) -> np.ndarray | None:
-    """uint8 [height, width, 3] of a colour JPEG file, as it lies; None without simplejpeg, and for what is not quite a JPEG."""
-    library = _jpeg_library()
-    try:
-        return None if library is None else library.decode_jpeg(contents, colorspace="RGB")
-    except ValueError:
-        return None
+def _jpeg_header(contents: bytes) -> bytes:
+    """The segments before a JPEG file's first scan: a search in them does not go through the picture."""
+    at = len(JPEG_START) - 1
+    while contents[at : at + 1] == b"\xff" and contents[at + 1 : at + 2] not in (b"\xda", b"\xff", b""):
+        at += 2 + int.from_bytes(contents[at + 2 : at + 4], "big")
+    # what is not made of segments is looked through as a whole
+    return contents[:at] if contents[at : at + 2] == b"\xff\xda" else contents
+
+
+def _loaded_exif(block: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(block)
+    return exif
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
@@ -212,10 +232,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns the image upright, as its EXIF orientation says. An EXIF block that cannot be read says nothing."""
+def _turn(exif: Callable[[], Image.Exif]) -> Image.Transpose | None:
+    """What turns an image upright, as its EXIF orientation says. An EXIF block that cannot be read says nothing."""
     try:
-        orientation = image.getexif().get(ORIENTATION)
+        orientation = exif().get(ORIENTATION)
     except Exception:  # as above; the pixels are good
         return None
     # no dictionary lookup: a damaged block can hold a value of any type

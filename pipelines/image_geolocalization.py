@@ -168,7 +168,7 @@ class ImageGeolocalizationPipeline(Pipeline):
         decoded = decode_images(
             (image_source(image, timeout) for image in images),
             num_threads=num_workers or None,
-            ahead=BATCHES_AHEAD * batch_size + (os.cpu_count() or 1),
+            ahead=BATCHES_AHEAD * batch_size + 4 * (num_workers or os.cpu_count() or 1),
             **options,
         )
 

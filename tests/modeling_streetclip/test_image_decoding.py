@@ -357,18 +357,35 @@ def test_simplejpeg_gives_pillows_pixels(subsampling, progressive, size):
     pytest.importorskip("simplejpeg")
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     contents = encoded(Image.fromarray(noise), "JPEG", quality=85, subsampling=subsampling, progressive=progressive)
-    assert image_decoding._plain_jpeg(contents, 1 << 20) is not None
+    assert image_decoding._jpeg_pixels(contents, 1 << 20) is not None
     assert torch.equal(decode_image(contents), without_simplejpeg(contents))
 
 
 @pytest.mark.parametrize(
     "contents",
-    [with_exif(6), with_exif(1), encoded(picture(mode="L"), "JPEG"), encoded(picture(mode="CMYK"), "JPEG"), encoded(picture())],
-    ids=["turned", "exif", "grey", "cmyk", "png"],
+    [encoded(picture(mode="L"), "JPEG"), encoded(picture(mode="CMYK"), "JPEG"), encoded(picture())],
+    ids=["grey", "cmyk", "png"],
 )
 def test_what_needs_pillow_goes_to_pillow(contents):
-    assert image_decoding._plain_jpeg(contents, 1 << 20) is None
+    assert image_decoding._jpeg_pixels(contents, 1 << 20) is None
     assert torch.equal(decode_image(contents), without_simplejpeg(contents))
+
+
+@pytest.mark.parametrize("orientation", [None, *range(0, 10)])
+def test_simplejpeg_turns_as_pillow_does(orientation):
+    pytest.importorskip("simplejpeg")
+    contents = with_exif(orientation, {1: "N", 2: (55.0, 42.0, 0.0)})
+    assert image_decoding._jpeg_pixels(contents, 1 << 20) is not None
+    assert torch.equal(decode_image(contents), without_simplejpeg(contents))
+
+
+def test_the_header_ends_where_the_picture_begins():
+    """Bytes of a picture that look like EXIF are none."""
+    contents = encoded(picture(), "JPEG")
+    header = image_decoding._jpeg_header(contents)
+    assert contents[len(header) : len(header) + 2] == b"\xff\xda"
+    assert image_decoding._jpeg_header(contents + b"Exif\0\0") == header
+    assert image_decoding._jpeg_header(b"\xff\xd8\xff\xe0\xff\xff") == b"\xff\xd8\xff\xe0\xff\xff"
 
 
 def test_an_orientation_in_xmp_is_applied():
