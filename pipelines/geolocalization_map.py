@@ -1,6 +1,7 @@
 """Maps of answers that open without a network: one HTML file with drawings in it, or a PNG."""
 
 import base64
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,25 +21,37 @@ SUFFIXES = (".html", ".png")
 SIMPLIFICATION, SMALLEST_AREA = 0.08, 0.01
 # images that get a map of their own in an HTML file; thousands would make it slow to open
 MAX_SECTIONS = 100
+THUMBNAIL_PIXELS = 360
 EARTH_KM_PER_DEGREE = 111.195
 # a circle of a quarter of the way around is a hemisphere, and larger ones say nothing
 MAX_CIRCLE_KM = 9_900.0
 COLORS = ("#d1242f", "#bc4c00", "#9a6700", "#57606a", "#8c959f")
-STYLE = """
+# of a page of its own
+PAGE_STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#222;background:#fff;max-width:66rem;margin:2rem auto;padding:0 1rem}
-section{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start;border-top:1px solid #ddd;padding:1rem 0}
-section>div{flex:1 1 22rem;min-width:0}
-h2{font-size:1.05rem;margin:0 0 .5rem;overflow-wrap:anywhere}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.15rem .6rem;text-align:right;border-bottom:1px solid #eee}
-th:nth-child(2),td:nth-child(2){text-align:left}
-svg{width:100%;height:auto;background:#eef4f9;border:1px solid #ccc}
-img{max-width:100%;max-height:14rem}
-.land{fill:#e5e3da;stroke:#aaa;stroke-width:.6;vector-effect:non-scaling-stroke}
-.radius{fill:#d1242f;fill-opacity:.1;stroke:#d1242f;stroke-width:1;vector-effect:non-scaling-stroke}
-.place{stroke:#fff;stroke-width:1;vector-effect:non-scaling-stroke}
-.note,footer{color:#666}
+@media (prefers-color-scheme:dark){body{color:#ddd;background:#14181d}}
 """
+# of the maps, wherever they are: nothing outside .places changes (copies of the land know no ancestors), and what a page says of
+# all its tables does not hold in it
+STYLE = """
+.places{--sea:#eef4f9;--land:#e5e3da;--border:#aaa;--line:#8884;--quiet:#666}
+.dark .places{--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#aaa}
+.places section{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start;border-top:1px solid var(--line);padding:1rem 0}
+.places section>div{flex:1 1 22rem;min-width:0}
+.places h2{font-size:1.05rem;margin:0 0 .5rem;overflow-wrap:anywhere}
+.places table{display:block;overflow-x:auto;border:0!important;border-collapse:collapse;font-variant-numeric:tabular-nums}
+.places tr,.places th,.places td{border:0!important}
+.places th,.places td{padding:.15rem .6rem!important;text-align:right;white-space:normal!important}
+.places tr{border-bottom:1px solid var(--line)!important}
+.places th:nth-child(2),.places td:nth-child(2){text-align:left}
+.places svg{width:100%;height:auto;background:var(--sea);border:1px solid var(--line)}
+.places img{max-width:100%;max-height:14rem}
+.places-land{fill:var(--land);stroke:var(--border);stroke-width:.6;vector-effect:non-scaling-stroke}
+.places .radius{fill:#d1242f;fill-opacity:.1;stroke:#d1242f;stroke-width:1;vector-effect:non-scaling-stroke}
+.places .place{stroke:#fff;stroke-width:1;vector-effect:non-scaling-stroke}
+.places .note,.places footer{color:var(--quiet)}
+"""
+DARK_PAGE = "@media (prefers-color-scheme:dark){.places{--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#aaa}}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,19 @@ def country_outlines() -> list[np.ndarray]:
     parts = shapely.get_parts(shapely.coverage_simplify(np.array(countries, dtype=object), SIMPLIFICATION))
     rings = shapely.get_exterior_ring(parts[shapely.area(parts) >= SMALLEST_AREA])
     return [shapely.get_coordinates(ring) for ring in rings]
+
+
+def thumbnail(image: str | os.PathLike[str]) -> bytes:
+    """A small JPEG of an image file's pixels alone. Raises `UnreadableImageError`."""
+    from PIL import Image
+
+    from geobased.modeling_streetclip.image_decoding import decode_image
+
+    picture = Image.fromarray(decode_image(image, jpeg_edge=THUMBNAIL_PIXELS).permute(1, 2, 0).contiguous().numpy())
+    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return file.getvalue()
 
 
 def save_map(path: str | os.PathLike[str], images: Sequence[LocatedImage]) -> None:
@@ -127,18 +153,29 @@ def circle_around(latitude: float, longitude: float, radius_km: float, points: i
 
 
 def _html(images: Sequence[LocatedImage]) -> str:
+    count = sum(bool(image.predictions) for image in images)
+    title = f"Where {count:,} image{'' if count == 1 else 's'} may have been taken"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
+        f"<title>{title}</title><style>{PAGE_STYLE}{STYLE}{DARK_PAGE}</style></head>\n"
+        f"<body><h1>{title}</h1>\n{map_fragment(images)}</body></html>\n"
+    )
+
+
+def map_fragment(images: Sequence[LocatedImage], max_sections: int = MAX_SECTIONS) -> str:
+    """A map of the world and a section for each image, for a page that holds `STYLE`; it is dark in an element of class dark."""
     located = [image for image in images if image.predictions]
     failed = [image for image in images if not image.predictions]
     land = "".join(f"M{_path(ring)}Z" for ring in country_outlines())
-    count = f"{len(located):,} image{'' if len(located) == 1 else 's'}"
     parts = [
-        f"<h1>Where {count} may have been taken</h1>\n",
-        f'<svg width="0" height="0" style="position:absolute"><defs><path id="land" class="land" d="{land}"/></defs></svg>\n',
-        _world(located),
-        *(_section(image) for image in located[:MAX_SECTIONS]),
+        '<svg style="position:absolute;width:0;height:0;border:0"><defs>'
+        f'<path id="land" class="places-land" d="{land}"/></defs></svg>\n',
+        _world(located) if located else "",
+        *(_section(image) for image in located[:max_sections]),
     ]
-    if len(located) > MAX_SECTIONS:
-        parts.append(f'<p class="note">{len(located) - MAX_SECTIONS:,} more images are on the map of the world alone.</p>\n')
+    if len(located) > max_sections:
+        parts.append(f'<p class="note">{len(located) - max_sections:,} more images are on the map of the world alone.</p>\n')
     if failed:
         rows = "".join(f"<li>{escape(image.name)}: {escape(image.error or 'no place')}</li>" for image in failed)
         parts.append(f"<h2>Not located</h2><ul>{rows}</ul>\n")
@@ -146,11 +183,7 @@ def _html(images: Sequence[LocatedImage]) -> str:
         "<footer><p>Places are a model's guesses from pixels alone. Borders: Natural Earth (public domain), simplified."
         "</p></footer>\n"
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>Where {count} may have been taken</title><style>{STYLE}</style></head>\n<body>\n{''.join(parts)}</body></html>\n"
-    )
+    return f'<div class="places">{"".join(parts)}</div>'
 
 
 def _path(points: np.ndarray) -> str:
@@ -254,4 +287,13 @@ def _png(path: Path, images: Sequence[LocatedImage]) -> None:
     figure.savefig(path, dpi=150)
 
 
-__all__ = ["LocatedImage", "check_map_path", "circle_around", "country_outlines", "save_map"]
+__all__ = [
+    "STYLE",
+    "LocatedImage",
+    "check_map_path",
+    "circle_around",
+    "country_outlines",
+    "map_fragment",
+    "save_map",
+    "thumbnail",
+]

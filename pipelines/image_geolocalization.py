@@ -137,7 +137,7 @@ class ImageGeolocalizationPipeline(Pipeline):
 
     def candidate_places(self) -> np.ndarray:
         """[candidates, 2], (latitude, longitude) in degrees: what the model chooses among. No choice is nearer to a place than
-        the nearest of these (refinement by prototypes can be)."""
+        the nearest of these (refinement by prototypes, and places by likelihood, can be)."""
         return self.locator.candidate_places()
 
     def __call__(  # type: ignore[override]

@@ -5,27 +5,34 @@ from typing import Annotated
 
 import typer
 
+from .locate import Model
 from .options import MODEL_HELP, Debug, epilog, show_help
-from .sources import DEFAULT_MODEL
+from .sources import DEFAULT_GEOLOCALIZER, DEFAULT_MODEL
 
 app = typer.Typer(callback=show_help, invoke_without_command=True, help="Serve a web page that tries a model out.")
 EXAMPLES = (
     "geobased demo generation",
     "geobased demo generation --model ./my-model --port 8000",
 )
+GEOLOCALIZATION_EXAMPLES = (
+    "geobased demo geolocalization",
+    "geobased demo geolocalization --model geolocal/StreetCLIP",
+)
+Port = Annotated[
+    int | None,
+    typer.Option("--port", "-p", min=1, max=65535, help="By default the first free one from 7860 on.", show_default=False),
+]
+Share = Annotated[
+    bool,
+    typer.Option("--share/--no-share", help="Open a public address too: what is entered there passes Gradio's servers."),
+]
 
 
 @app.command("generation", epilog=epilog(*EXAMPLES))
 def generation(
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
-    port: Annotated[
-        int | None,
-        typer.Option("--port", "-p", min=1, max=65535, help="By default the first free one from 7860 on.", show_default=False),
-    ] = None,
-    share: Annotated[
-        bool,
-        typer.Option("--share/--no-share", help="Open a public address too: what is typed there passes Gradio's servers."),
-    ] = False,
+    port: Port = None,
+    share: Share = False,
     debug: Debug = False,
 ) -> None:
     """Serve a page on which a BASED model continues text, until Ctrl-C.
@@ -35,6 +42,26 @@ def generation(
     """
     # here, not above: gradio takes seconds to import, and is an extra
     from geobased.demo.generation import build_demo
+    from geobased.demo.serving import serve
+
+    page = build_demo(model)
+    print("serving until Ctrl-C", file=sys.stderr)
+    serve(page, port, share)
+
+
+@app.command("geolocalization", epilog=epilog(*GEOLOCALIZATION_EXAMPLES))
+def geolocalization(
+    model: Model = DEFAULT_GEOLOCALIZER,
+    port: Port = None,
+    share: Share = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a page that tells where images may have been taken, until Ctrl-C.
+
+    Prints the page's address. Without --share only this machine reaches it. Needs the extras demo and geo:
+    pip install "geobased[demo,geo]".
+    """
+    from geobased.demo.geolocalization import build_demo
     from geobased.demo.serving import serve
 
     page = build_demo(model)

@@ -1,6 +1,5 @@
 """`geobased locate`: where images were taken."""
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ EXAMPLES = (
 LEVEL_NAMES = ("country", "region", "city")
 # fewer take seconds
 PROGRESS_FROM = 8
-THUMBNAIL_PIXELS = 360
 OVERHEAD_ONLY = (
     "earthclip-mini knows pictures of the Earth from space, 2 to 8 degrees across, and nothing else: for photos taken on the"
     " ground pass --model geolocal/StreetCLIP"
@@ -185,32 +183,21 @@ def _show(report: list[dict[str, Any]]) -> None:
 
 
 def _draw(path: Path, report: list[dict[str, Any]]) -> None:
-    from geobased.pipelines.geolocalization_map import MAX_SECTIONS, LocatedImage, save_map
+    from geobased.pipelines.geolocalization_map import MAX_SECTIONS, LocatedImage, save_map, thumbnail
 
-    shown = path.suffix.lower() == ".html"
+    def wanted(number: int, entry: dict[str, Any]) -> bool:
+        """Of an image that the page shows; what would have to be downloaded again has none."""
+        shown = path.suffix.lower() == ".html" and number < MAX_SECTIONS
+        return shown and bool(entry["predictions"]) and Path(entry["image"]).is_file()
+
     images = [
         LocatedImage(
             entry["image"],
             entry["predictions"],
             entry.get("error"),
-            _thumbnail(entry["image"]) if shown and entry["predictions"] and number < MAX_SECTIONS else None,
+            thumbnail(entry["image"]) if wanted(number, entry) else None,
         )
         for number, entry in enumerate(report)
     ]
     save_map(path, images)
     print(f"map: {path}", file=sys.stderr)
-
-
-def _thumbnail(image: str) -> bytes | None:
-    """A small JPEG of the pixels alone; none of what would have to be downloaded again."""
-    from PIL import Image
-
-    from geobased.modeling_streetclip.image_decoding import decode_image
-
-    if not Path(image).is_file():
-        return None
-    picture = Image.fromarray(decode_image(image, jpeg_edge=THUMBNAIL_PIXELS).permute(1, 2, 0).numpy())
-    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
-    return file.getvalue()

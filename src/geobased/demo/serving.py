@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-MOST_WAITING = 32
+MOST_WAITING, MAX_FILE_SIZE = 32, "20mb"
 CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 .gradio-container table td, .gradio-container table th {
@@ -63,6 +63,7 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False) -> str
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
+            max_file_size=MAX_FILE_SIZE,
             ssr_mode=False,  # would start Node where that is installed
             theme=_theme(),
             css=CSS,
