@@ -44,12 +44,75 @@ STYLE = """
 .places th,.places td{padding:.15rem .6rem!important;text-align:right;white-space:normal!important}
 .places tr{border-bottom:1px solid var(--line)!important}
 .places th:nth-child(2),.places td:nth-child(2){text-align:left}
-.places svg{width:100%;height:auto;background:var(--sea);border:1px solid var(--line)}
+.places svg{width:100%;height:auto;touch-action:pan-y;background:var(--sea);border:1px solid var(--line)}
 .places img{max-width:100%;max-height:14rem}
 .places-land{fill:var(--land);stroke:var(--border);stroke-width:.6;vector-effect:non-scaling-stroke}
 .places .radius{fill:#d1242f;fill-opacity:.1;stroke:#d1242f;stroke-width:1;vector-effect:non-scaling-stroke}
 .places .place{stroke:#fff;stroke-width:1;vector-effect:non-scaling-stroke}
 .places .note,.places footer{color:var(--quiet)}
+"""
+# maps are zoomed by the wheel, two clicks or + and -, moved by dragging or arrows, and whole again by 0. It listens to the page,
+# so that maps which come later are served as well.
+ZOOM_SCRIPT = """
+(() => {
+  const mapOf = event => event.target.closest && event.target.closest('.places svg[viewBox]');
+  const view = map => map.getAttribute('viewBox').split(' ').map(Number);
+  const show = (map, box) => {
+    map.dataset.whole = map.dataset.whole || map.getAttribute('viewBox');
+    const whole = map.dataset.whole.split(' ').map(Number);
+    box[2] = Math.min(whole[2], Math.max(box[2], whole[2] / 60));
+    box[3] = box[2] * whole[3] / whole[2];
+    for (const i of [0, 1]) box[i] = Math.min(Math.max(box[i], whole[i]), whole[i] + whole[i + 2] - box[i + 2]);
+    map.setAttribute('viewBox', box.map(value => value.toFixed(3)).join(' '));
+    const scale = box[2] / whole[2];
+    for (const mark of map.querySelectorAll('circle.place')) {
+      mark.dataset.r = mark.dataset.r || mark.getAttribute('r');
+      mark.setAttribute('r', mark.dataset.r * Math.sqrt(scale));
+    }
+  };
+  const zoom = (map, factor, x, y) => {
+    const box = view(map), size = [box[2] * factor, box[3] * factor];
+    show(map, [box[0] + x * (box[2] - size[0]), box[1] + y * (box[3] - size[1]), ...size]);
+  };
+  const at = (map, event) => {
+    const area = map.getBoundingClientRect();
+    return [(event.clientX - area.left) / area.width, (event.clientY - area.top) / area.height];
+  };
+  document.addEventListener('wheel', event => {
+    const map = mapOf(event);
+    if (!map || !(event.ctrlKey || map === document.activeElement)) return;
+    event.preventDefault();
+    zoom(map, event.deltaY < 0 ? 0.8 : 1.25, ...at(map, event));
+  }, {passive: false});
+  document.addEventListener('dblclick', event => {
+    const map = mapOf(event);
+    if (map) zoom(map, event.shiftKey ? 2 : 0.5, ...at(map, event));
+  });
+  let held = null;
+  document.addEventListener('pointerdown', event => {
+    held = mapOf(event) && {map: mapOf(event), x: event.clientX, y: event.clientY, box: view(mapOf(event))};
+  });
+  document.addEventListener('pointermove', event => {
+    if (!held || !event.buttons) return;
+    const area = held.map.getBoundingClientRect(), box = [...held.box];
+    box[0] -= (event.clientX - held.x) / area.width * box[2];
+    box[1] -= (event.clientY - held.y) / area.height * box[3];
+    show(held.map, box);
+  });
+  document.addEventListener('pointerup', () => { held = null; });
+  document.addEventListener('keydown', event => {
+    const map = mapOf(event), move = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
+    if (!map) return;
+    if (event.key === '+' || event.key === '=') zoom(map, 0.7, 0.5, 0.5);
+    else if (event.key === '-') zoom(map, 1 / 0.7, 0.5, 0.5);
+    else if (event.key === '0' && map.dataset.whole) show(map, map.dataset.whole.split(' ').map(Number));
+    else if (move) {
+      const box = view(map);
+      show(map, [box[0] + move[0] * box[2] / 8, box[1] + move[1] * box[3] / 8, box[2], box[3]]);
+    } else return;
+    event.preventDefault();
+  });
+})();
 """
 DARK_PAGE = "@media (prefers-color-scheme:dark){.places{--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#aaa}}"
 
@@ -158,7 +221,7 @@ def _html(images: Sequence[LocatedImage]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title><style>{PAGE_STYLE}{STYLE}{DARK_PAGE}</style></head>\n"
+        f"<title>{title}</title><style>{PAGE_STYLE}{STYLE}{DARK_PAGE}</style><script>{ZOOM_SCRIPT}</script></head>\n"
         f"<body><h1>{title}</h1>\n{map_fragment(images)}</body></html>\n"
     )
 
@@ -180,8 +243,8 @@ def map_fragment(images: Sequence[LocatedImage], max_sections: int = MAX_SECTION
         rows = "".join(f"<li>{escape(image.name)}: {escape(image.error or 'no place')}</li>" for image in failed)
         parts.append(f"<h2>Not located</h2><ul>{rows}</ul>\n")
     parts.append(
-        "<footer><p>Places are a model's guesses from pixels alone. Borders: Natural Earth (public domain), simplified."
-        "</p></footer>\n"
+        "<footer><p>Places are a model's guesses from pixels alone. Borders: Natural Earth (public domain), simplified. Maps zoom"
+        " by two clicks, or by + and - once clicked on; 0 shows all.</p></footer>\n"
     )
     return f'<div class="places">{"".join(parts)}</div>'
 
@@ -201,7 +264,7 @@ def _world(located: Sequence[LocatedImage]) -> str:
             f"<title>{escape(title)}</title></circle>"
         )
     return (
-        '<svg viewBox="-180 -84 360 142" role="img" aria-label="map of the world with the best place of each image">'
+        '<svg viewBox="-180 -84 360 142" tabindex="0" role="img" aria-label="map of the world with the best place of each image">'
         f'<use href="#land"/>{"".join(marks)}</svg>\n'
     )
 
@@ -251,7 +314,7 @@ def _close_up(image: LocatedImage) -> str:
         for rank, place in reversed(list(enumerate(image.predictions)))
     ]
     return (
-        f'<svg viewBox="{left:.3f} {-latitude - reach:.3f} {width:.3f} {2 * reach:.3f}" role="img"'
+        f'<svg viewBox="{left:.3f} {-latitude - reach:.3f} {width:.3f} {2 * reach:.3f}" tabindex="0" role="img"'
         f' aria-label="map around {escape(place_title(best))}"><g transform="scale({narrow:.4f} 1)">{copies}{circle}</g>'
         f"{''.join(marks)}</svg>"
     )
@@ -289,6 +352,7 @@ def _png(path: Path, images: Sequence[LocatedImage]) -> None:
 
 __all__ = [
     "STYLE",
+    "ZOOM_SCRIPT",
     "LocatedImage",
     "check_map_path",
     "circle_around",

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,10 @@ def test_files_of_the_space():
     assert header["sdk"] == "gradio" and header["app_file"] == "app.py" and len(header["short_description"]) <= 60
     assert (SPACE / "requirements.txt").read_text() == "geobased[demo,geo]\n"
     compile((SPACE / "app.py").read_text(encoding="utf-8"), "app.py", "exec")
+
+
+def test_nothing_is_lost_with_64_clients_at_once(client):
+    with ThreadPoolExecutor(64) as pool:
+        jobs = [pool.submit(client.predict, [gradio_client.handle_file(str(EXAMPLE))], 1, api_name="/locate") for _ in range(64)]
+        reports = [job.result(timeout=120)[3] for job in jobs]
+    assert all(report == reports[0] for report in reports) and reports[0][0]["predictions"][0]["country"] == "Kazakhstan"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geobased.geography.coordinates import haversine_km
-from geobased.pipelines.geolocalization_map import LocatedImage, circle_around, country_outlines, save_map
+from geobased.pipelines.geolocalization_map import ZOOM_SCRIPT, LocatedImage, circle_around, country_outlines, save_map
 
 pytest.importorskip("shapely", minversion="2.1")
 
@@ -67,7 +67,9 @@ def test_html_is_whole_and_needs_no_network(tmp_path):
     save_map(tmp_path / "map.html", IMAGES)
     text = (tmp_path / "map.html").read_text(encoding="utf-8")
     tags = Tags(text)
-    assert "script" not in tags.seen and "link" not in tags.seen
+    # the one that zooms
+    assert tags.seen.count("script") == text.count("<script>") == 1 and ZOOM_SCRIPT in text and "link" not in tags.seen
+    assert not re.search(r"fetch|XMLHttpRequest|import|eval", ZOOM_SCRIPT)
     assert all(link == "#land" or link.startswith("data:image/jpeg;base64,") for link in tags.links)
     assert not re.search(r"https?://|url\(|@import", text)
     assert "lund&lt;script&gt;.jpg" in text and "bad.jpg is no image" in text

@@ -63,7 +63,8 @@ def geolocalization(
     """
     from geobased.demo.geolocalization import build_demo
     from geobased.demo.serving import serve
+    from geobased.pipelines.geolocalization_map import ZOOM_SCRIPT
 
     page = build_demo(model)
     print("serving until Ctrl-C", file=sys.stderr)
-    serve(page, port, share)
+    serve(page, port, share, ZOOM_SCRIPT)

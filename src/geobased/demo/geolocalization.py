@@ -21,7 +21,7 @@ from geobased.cli.errors import CommandError, explain
 from geobased.cli.locate import load_geolocalizer
 from geobased.cli.sources import DEFAULT_GEOLOCALIZER, quiet_transformers
 from geobased.modeling_streetclip.image_decoding import UnreadableImageError, decode_image
-from geobased.pipelines.geolocalization_map import STYLE, LocatedImage, map_fragment, thumbnail
+from geobased.pipelines.geolocalization_map import STYLE, ZOOM_SCRIPT, LocatedImage, map_fragment, thumbnail
 
 from .serving import gr, on_gpu, serve
 
@@ -228,6 +228,6 @@ def main(model_name: str | None = None, port: int | None = None, share: bool = F
     earthclip-mini."""
     try:
         page = build_demo(model_name or os.environ.get(MODEL_VARIABLE) or DEFAULT_GEOLOCALIZER)
-        serve(page, port, share)
+        serve(page, port, share, ZOOM_SCRIPT)
     except CommandError as error:
         raise SystemExit(f"error: {error}") from error

@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-MOST_WAITING, MAX_FILE_SIZE = 32, "20mb"
+MOST_WAITING, MAX_FILE_SIZE = 256, "20mb"
 CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 .gradio-container table td, .gradio-container table th {
@@ -47,13 +47,14 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def launch(demo: gr.Blocks, port: int | None = None, share: bool = False) -> str:
+def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None) -> str:
     """Starts to serve a page in the background and returns its address.
 
     Args:
         demo: the page; `close()` ends it.
         port: of the address; if not given, that in `GRADIO_SERVER_PORT` or the first free one from 7860 on.
         share: open a public address too, which leads through Gradio's servers, and return that.
+        script: JavaScript that the page runs when it opens.
     """
     demo.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
     try:
@@ -67,6 +68,7 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False) -> str
             ssr_mode=False,  # would start Node where that is installed
             theme=_theme(),
             css=CSS,
+            head=None if script is None else f"<script>{script}</script>",
             footer_links=["api", "settings"],
         )
     except OSError as error:
@@ -77,10 +79,10 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False) -> str
     return public or local
 
 
-def serve(demo: gr.Blocks, port: int | None = None, share: bool = False) -> None:
+def serve(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None) -> None:
     """Serves a page, prints its address, and ends when the program is interrupted."""
     try:
-        print(launch(demo, port, share), flush=True)
+        print(launch(demo, port, share, script), flush=True)
         while True:
             time.sleep(1)
     finally:
