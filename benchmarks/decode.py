@@ -6,9 +6,8 @@ Every op runs in a CUDA graph over the buffers of several layers, so that the L2
 that of one call. Linear attention: a step with 16 of 32 tokens waiting, and a 32nd of the fold. Peers: the same kernel family
 with a float32 state that is rewritten at every token, PyTorch's scaled_dot_product_attention over the ring (with the rotary
 embedding and the update of the ring that it needs), and the plain PyTorch twins, which run without a graph (some take tables from
-the host). Errors are relative to float64, of the first
-two sequences, over more tokens than can wait and more than a window holds. The floor is what reading and writing every input
-and output once takes at the copy rate measured in this run.
+the host). Errors are relative to float64, of the first two sequences, over more tokens than can wait and more than a window
+holds. The floor is what reading and writing every input and output once takes at the copy rate measured in this run.
 """
 
 import argparse
@@ -60,30 +59,29 @@ def graph_milliseconds(calls: Calls, replays: int = 15) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for replay in range(3 + replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 3:
-            times.append(start.elapsed_time(end) / len(calls))
-    return sorted(times)[len(times) // 2]
+    return median_milliseconds(graph.replay, replays, warm_up=3) / len(calls)
 
 
 def eager_milliseconds(calls: Calls, repeats: int = 5) -> float:
     """Median time of one of `calls`, launched one by one from Python."""
-    times = []
-    for repeat in range(1 + repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+    def run() -> None:
         for call in calls:
             call()
+
+    return median_milliseconds(run, repeats, warm_up=1) / len(calls)
+
+
+def median_milliseconds(run: Callable[[], Any], repeats: int, warm_up: int) -> float:
+    times = []
+    for repeat in range(warm_up + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
         end.record()
         end.synchronize()
-        if repeat:
-            times.append(start.elapsed_time(end) / len(calls))
+        if repeat >= warm_up:
+            times.append(start.elapsed_time(end))
     return sorted(times)[len(times) // 2]
 
 

@@ -60,4 +60,6 @@ for seed in $TRAINING_SEEDS; do
         number=$((number + 1))
     done
 done | xargs -r -d '\n' -P "$JOBS" -I {} bash -c 'ablate "$1" "$2"' _ {} "$GPUS"
-[ -n "$TRAINING_SEEDS" ] && "$PYTHON" -m geobased.training.earthclip_ablations "$OUT/ablations" | tee "$OUT/ablations.md"
+if [ -n "$TRAINING_SEEDS" ]; then
+    "$PYTHON" -m geobased.training.earthclip_ablations "$OUT/ablations" | tee "$OUT/ablations.md"
+fi

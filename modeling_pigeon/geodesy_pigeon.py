@@ -34,14 +34,21 @@ def haversine_km(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 2 * EARTH_RADIUS_KM * torch.asin(chord.sqrt())
 
 
+def unit_vectors(coordinates: torch.Tensor) -> torch.Tensor:
+    """Places [..., 2] in degrees -> [..., 3]: x to latitude 0, longitude 0; z to the north pole."""
+    latitude, longitude = torch.deg2rad(coordinates).unbind(-1)
+    return torch.stack([latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()], dim=-1)
+
+
+def vector_coordinates(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors [..., 3] of any length -> the places [..., 2] in degrees that they point to."""
+    x, y, z = vectors.unbind(-1)
+    return torch.rad2deg(torch.stack([torch.atan2(z, torch.hypot(x, y)), torch.atan2(y, x)], dim=-1))
+
+
 def spherical_mean(coordinates: torch.Tensor) -> torch.Tensor:
     """The place [2] nearest to the middle of places [n, 2], right across the date line and at poles, unlike a mean of degrees."""
-    radians = torch.deg2rad(coordinates.double())
-    latitude, longitude = radians[:, 0], radians[:, 1]
-    x = (latitude.cos() * longitude.cos()).mean()
-    y = (latitude.cos() * longitude.sin()).mean()
-    z = latitude.sin().mean()
-    return torch.rad2deg(torch.stack([torch.atan2(z, torch.hypot(x, y)), torch.atan2(y, x)]))
+    return vector_coordinates(unit_vectors(coordinates.double()).mean(0))
 
 
 def check_coordinates(coordinates: torch.Tensor, name: str = "coordinates") -> None:
@@ -66,4 +73,13 @@ def check_coordinates(coordinates: torch.Tensor, name: str = "coordinates") -> N
     )
 
 
-__all__ = ["EARTH_RADIUS_KM", "check_coordinates", "from_e7", "haversine_km", "spherical_mean", "to_e7"]
+__all__ = [
+    "EARTH_RADIUS_KM",
+    "check_coordinates",
+    "from_e7",
+    "haversine_km",
+    "spherical_mean",
+    "to_e7",
+    "unit_vectors",
+    "vector_coordinates",
+]

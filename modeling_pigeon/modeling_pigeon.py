@@ -17,9 +17,9 @@ from .geocells_pigeon import GeocellTable
 from .geodesy_pigeon import UNSET, check_coordinates
 from .heads_pigeon import PigeonHeads
 from .loss_pigeon import cell_loss
-from .placement_pigeon import LikelyPlaces, likely_places
+from .placement_pigeon import likely_places
 from .prototypes_pigeon import PigeonPrototypes
-from .refinement_pigeon import EmbeddingTable, PrototypeRefinement, Refined
+from .refinement_pigeon import Candidates, EmbeddingTable, PrototypeRefinement
 
 logger = logging.get_logger(__name__)
 
@@ -341,19 +341,7 @@ class PigeonForImageGeolocalization(PigeonPreTrainedModel):
         if bool(bad.any()):
             raise ValueError(f"image {int(bad.nonzero()[0])} gives no finite logits: are its pixels NaN or infinite?")
         probabilities = (logits / config.cell_temperature).softmax(1)
-        by_likelihood = config.place_rule == "likelihood"
-        found: Refined | LikelyPlaces
-        if refine and config.num_prototypes:
-            count = max(top_k, min(config.refinement_top_k, config.num_cells)) if by_likelihood else top_k
-            found = self.refinement(features, probabilities, centroids, count)
-        else:
-            scores, cells = probabilities.topk(top_k, dim=1)
-            found = Refined(cells, scores, centroids[cells])
-        if by_likelihood:
-            # with what prototypes say
-            spread = probabilities.scatter(1, found.cells, found.scores.to(probabilities.dtype))
-            tau = config.smoothing_tau_km if config.place_tau_km is None else config.place_tau_km
-            found = likely_places(spread, centroids, top_k, tau, config.place_neighbors)
+        found = self._candidates(features, probabilities, centroids, top_k, refine and config.num_prototypes > 0)
         best = found.coordinates[:, 0]
         usual = config.radius_coverage
         radius = scale * mass_radius_km(best, probabilities, centroids, radii, coverage)
@@ -371,6 +359,22 @@ class PigeonForImageGeolocalization(PigeonPreTrainedModel):
             cell_probabilities=probabilities,
             embeddings=features,
         )
+
+    def _candidates(
+        self, features: torch.Tensor, probabilities: torch.Tensor, centroids: torch.Tensor, top_k: int, refine: bool
+    ) -> Candidates:
+        config = self.config
+        if config.place_rule == "likelihood":
+            if refine:
+                competing = max(top_k, min(config.refinement_top_k, config.num_cells))
+                refined = self.refinement(features, probabilities, centroids, competing)
+                probabilities = probabilities.scatter(1, refined.cells, refined.scores.to(probabilities.dtype))
+            tau = config.smoothing_tau_km if config.place_tau_km is None else config.place_tau_km
+            return likely_places(probabilities, centroids, top_k, tau, config.place_neighbors)
+        if refine:
+            return self.refinement(features, probabilities, centroids, top_k)
+        scores, cells = probabilities.topk(top_k, dim=1)
+        return Candidates(cells, scores, centroids[cells])
 
 
 __all__ = ["PigeonForImageGeolocalization", "PigeonOutput", "PigeonPreTrainedModel"]

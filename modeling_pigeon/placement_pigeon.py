@@ -13,35 +13,19 @@ its own. This is not in the paper, whose places are those of images in the chose
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .geodesy_pigeon import EARTH_RADIUS_KM
+from .geodesy_pigeon import EARTH_RADIUS_KM, unit_vectors, vector_coordinates
+from .refinement_pigeon import Candidates
 
 STEPS = 60
 # of tau; it shrinks to nothing as a cosine
 FIRST_STEP = 0.5
 
 
-@dataclass
-class LikelyPlaces:
-    """Places, that of the likeliest cell first: cells [batch, k], scores [batch, k] and coordinates [batch, k, 2] in degrees.
-
-    The score is the probability of a cell and all around it, those apart that a better place has counted already; a later place
-    may have a greater one, spread over more cells. (Ranked by sums, answers were farther off.) Where nothing is left for further
-    places, scores are 0.
-    """
-
-    cells: torch.Tensor
-    scores: torch.Tensor
-    coordinates: torch.Tensor
-
-
-def likely_places(
-    probabilities: torch.Tensor, centroids: torch.Tensor, top_k: int, tau_km: float, neighbors: int
-) -> LikelyPlaces:
+def likely_places(probabilities: torch.Tensor, centroids: torch.Tensor, top_k: int, tau_km: float, neighbors: int) -> Candidates:
     """The best places, each around a cell of its own: the likeliest cell and all around it, then the likeliest of the others.
 
     Args:
@@ -52,9 +36,11 @@ def likely_places(
         neighbors: how many cells count as around a cell, itself included.
 
     Returns:
-        Places in the centroids' dtype.
+        Places in the centroids' dtype, that of the likeliest cell first. The score is the probability of a cell and all around
+        it, those apart that a better place has counted already; a later place may have a greater one, spread over more cells.
+        (Ranked by sums, answers were farther off.) Where nothing is left for further places, scores are 0.
     """
-    vectors = _unit_vectors(centroids)
+    vectors = unit_vectors(centroids)
     neighbors = min(neighbors, len(vectors))
     left = probabilities.clone()
     cells, scores, around = [], [], []
@@ -68,7 +54,7 @@ def likely_places(
         left.scatter_(1, near, 0)
     found, near = torch.stack(cells, 1), torch.stack(around, 1)
     shares = probabilities.to(vectors.dtype).gather(1, near.flatten(1)).view(near.shape)
-    return LikelyPlaces(found, torch.stack(scores, 1), _likeliest(shares, vectors[near], vectors[found], tau_km))
+    return Candidates(found, torch.stack(scores, 1), _likeliest(shares, vectors[near], vectors[found], tau_km))
 
 
 def _likeliest(shares: torch.Tensor, around: torch.Tensor, centre: torch.Tensor, tau_km: float) -> torch.Tensor:
@@ -88,13 +74,7 @@ def _likeliest(shares: torch.Tensor, around: torch.Tensor, centre: torch.Tensor,
         away = F.normalize(difference - along * place[..., None, :], dim=-1)  # from each centroid, tangential
         rate = FIRST_STEP * (1 + math.cos(math.pi * step / STEPS)) / 2 * tau_km / EARTH_RADIUS_KM
         place = F.normalize(place + rate * (excess[..., None] * away).sum(-2), dim=-1)
-    x, y, z = place.unbind(-1)
-    return torch.rad2deg(torch.stack([torch.atan2(z, torch.hypot(x, y)), torch.atan2(y, x)], dim=-1))
+    return vector_coordinates(place)
 
 
-def _unit_vectors(coordinates: torch.Tensor) -> torch.Tensor:
-    latitude, longitude = torch.deg2rad(coordinates).unbind(-1)
-    return torch.stack([latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()], dim=-1)
-
-
-__all__ = ["LikelyPlaces", "likely_places"]
+__all__ = ["likely_places"]

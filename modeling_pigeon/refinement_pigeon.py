@@ -79,7 +79,7 @@ class EmbeddingTable(nn.Module):
 
 
 @dataclass
-class Refined:
+class Candidates:
     """The candidates of each image, best first: cells [batch, k], scores [batch, k] and places [batch, k, 2] in degrees."""
 
     cells: torch.Tensor
@@ -102,7 +102,7 @@ class PrototypeRefinement(nn.Module):
         self.prototypes.fill(prototypes.embeddings, prototypes.coordinates, prototypes.cells)
         self.images.fill(prototypes.image_embeddings, prototypes.image_coordinates, prototypes.image_prototypes)
 
-    def forward(self, embeddings: torch.Tensor, probabilities: torch.Tensor, centroids: torch.Tensor, top_k: int) -> Refined:
+    def forward(self, embeddings: torch.Tensor, probabilities: torch.Tensor, centroids: torch.Tensor, top_k: int) -> Candidates:
         """The `top_k` best cells of each image, reweighted, with a place in each.
 
         embeddings [batch, hidden_size], probabilities [batch, num_cells], centroids [num_cells, 2] in degrees.
@@ -139,7 +139,7 @@ class PrototypeRefinement(nn.Module):
             coordinates[:, 0] = torch.where(first_too_far[:, None], first, coordinates[:, 0])
         refined, order = refined.sort(dim=1, descending=True, stable=True)
         refined, order = refined[:, :top_k], order[:, :top_k]
-        return Refined(cells.gather(1, order), refined, coordinates.gather(1, order[..., None].expand(-1, -1, 2)))
+        return Candidates(cells.gather(1, order), refined, coordinates.gather(1, order[..., None].expand(-1, -1, 2)))
 
     def _places(self, queries: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
         """The place of the image nearest to each query [n, hidden_size] within its prototype [n]."""
@@ -161,4 +161,4 @@ class PrototypeRefinement(nn.Module):
         return weighted * scores.sum(1, keepdim=True)
 
 
-__all__ = ["PrototypeRefinement", "Refined"]
+__all__ = ["Candidates", "PrototypeRefinement"]

@@ -90,6 +90,11 @@ def decode_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, jpeg_edge
         raise UnreadableImageError(f"{name} cannot be decoded: {error or type(error).__name__}") from error
 
 
+def decode_picture(source: ImageSource, **options: Any) -> Image.Image:
+    """`decode_image` as a PIL image: upright RGB pixels without metadata."""
+    return Image.fromarray(decode_image(source, **options).permute(1, 2, 0).contiguous().numpy())
+
+
 def decode_images(
     sources: Iterable[ImageSource],
     *,
@@ -242,4 +247,4 @@ def _turn(exif: Callable[[], Image.Exif]) -> Image.Transpose | None:
     return next((method for value, method in TRANSPOSE.items() if value == orientation), None)
 
 
-__all__ = ["MAX_PIXELS", "ImageSource", "UnreadableImageError", "decode_image", "decode_images"]
+__all__ = ["MAX_PIXELS", "ImageSource", "UnreadableImageError", "decode_image", "decode_images", "decode_picture"]

@@ -28,6 +28,7 @@ LEVELS = {
     **{level.name: level for level in STREETCLIP_LEVELS},
     "region": SearchLevel("region", ("A Street View photo in the region of {region}.",)),
 }
+NOWHERE = "at sea or far from any city"
 NO_NAMES: dict[str, str | None] = {"country": None, "country_code": None, "region": None, "city": None}
 
 
@@ -144,7 +145,7 @@ class PigeonLocator:
             abstain=abstain.cpu(),
             geocells=answer.candidate_cells.cpu(),
             # a score of 0: nothing is left for a further place
-            names=[names[: max(1, int(count))] for names, count in zip(self._named(coordinates), counts, strict=True)],
+            names=[names[: max(1, count)] for names, count in zip(self._named(coordinates), counts, strict=True)],
         )
 
     def _named(self, coordinates: torch.Tensor) -> list[list[dict[str, str | None]]]:
@@ -261,10 +262,10 @@ def make_locator(
 
 
 def place_title(prediction: dict[str, Any]) -> str:
-    """A prediction's city, region and country as people write them, "at sea or far from any city" where it has none."""
+    """A prediction's city, region and country as people write them, `NOWHERE` where it has none."""
     names = [prediction[name] for name in ("city", "region", "country") if prediction.get(name)]
     # Luxembourg, Luxembourg
-    return ", ".join(dict.fromkeys(names)) or "at sea or far from any city"
+    return ", ".join(dict.fromkeys(names)) or NOWHERE
 
 
 def _search_level(level: str | SearchLevel) -> SearchLevel:
@@ -281,6 +282,7 @@ def _abstain(options: AnswerOptions, radius_km: torch.Tensor, score: torch.Tenso
 
 
 __all__ = [
+    "NOWHERE",
     "AnswerOptions",
     "Locator",
     "PigeonLocator",

@@ -31,11 +31,12 @@ PAGE_STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#222;background:#fff;max-width:66rem;margin:2rem auto;padding:0 1rem}
 @media (prefers-color-scheme:dark){body{color:#ddd;background:#14181d}}
 """
+DARK = "--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#aaa"
 # of the maps, wherever they are: nothing outside .places changes (copies of the land know no ancestors), and what a page says of
 # all its tables does not hold in it
 STYLE = """
 .places{--sea:#eef4f9;--land:#e5e3da;--border:#aaa;--line:#8884;--quiet:#666}
-.dark .places{--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#aaa}
+.dark .places{DARK}
 .places section{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start;border-top:1px solid var(--line);padding:1rem 0}
 .places section>div{flex:1 1 22rem;min-width:0}
 .places h2{font-size:1.05rem;margin:0 0 .5rem;overflow-wrap:anywhere}
@@ -50,7 +51,7 @@ STYLE = """
 .places .radius{fill:#d1242f;fill-opacity:.1;stroke:#d1242f;stroke-width:1;vector-effect:non-scaling-stroke}
 .places .place{stroke:#fff;stroke-width:1;vector-effect:non-scaling-stroke}
 .places .note,.places footer{color:var(--quiet)}
-"""
+""".replace("DARK", DARK)
 # maps are zoomed by the wheel, two clicks or + and -, moved by dragging or arrows, and whole again by 0. It listens to the page,
 # so that maps which come later are served as well.
 ZOOM_SCRIPT = """
@@ -114,7 +115,7 @@ ZOOM_SCRIPT = """
   });
 })();
 """
-DARK_PAGE = "@media (prefers-color-scheme:dark){.places{--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#aaa}}"
+DARK_PAGE = f"@media (prefers-color-scheme:dark){{.places{{{DARK}}}}}"
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,9 @@ def country_outlines() -> list[np.ndarray]:
 
 def thumbnail(image: str | os.PathLike[str]) -> bytes:
     """A small JPEG of an image file's pixels alone. Raises `UnreadableImageError`."""
-    from PIL import Image
+    from geobased.modeling_streetclip.image_decoding import decode_picture
 
-    from geobased.modeling_streetclip.image_decoding import decode_image
-
-    picture = Image.fromarray(decode_image(image, jpeg_edge=THUMBNAIL_PIXELS).permute(1, 2, 0).contiguous().numpy())
+    picture = decode_picture(image, jpeg_edge=THUMBNAIL_PIXELS)
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)

@@ -202,8 +202,12 @@ class EarthCropSource:
 
     def image(self, row: int) -> Image.Image:
         """The crop as a picture of 8 bits."""
-        pixels = self._crops.pixels(self.places[row : row + 1])[0]
-        return Image.fromarray((pixels * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy())
+        return crop_picture(self._crops.pixels(self.places[row : row + 1])[0])
+
+
+def crop_picture(pixels: torch.Tensor) -> Image.Image:
+    """A crop [3, size, size] from 0 to 1 as a picture of 8 bits."""
+    return Image.fromarray((pixels * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy())
 
 
 @lru_cache(maxsize=1)
@@ -211,4 +215,4 @@ def _countries() -> dict[str, Country]:
     return {country.code: country for country in countries()}
 
 
-__all__ = ["SATELLITE", "EarthCropSource", "EarthCrops"]
+__all__ = ["SATELLITE", "EarthCropSource", "EarthCrops", "crop_picture"]

@@ -343,9 +343,7 @@ class EarthclipRun:
     def _truth(self, crops: CropSet, table: CellTable) -> tuple[np.ndarray, np.ndarray]:
         """Coordinates [n, 2] and cells [n] of the table's."""
         places = crops.places
-        same = table.geocells is self.data.cells
-        cells = places.geocell if same else np.asarray(table.geocells.locate(places.latitude, places.longitude))
-        return places.coordinates, cells
+        return places.coordinates, np.asarray(table.geocells.locate(places.latitude, places.longitude))
 
 
 def train(arguments: EarthclipArguments) -> dict[str, Any]:

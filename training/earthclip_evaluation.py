@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -21,7 +20,7 @@ from geobased.modeling_pigeon.prototypes_pigeon import PigeonPrototypes, build_p
 from geobased.modeling_streetclip.captions import CaptionMixture, PlaceDescription, make_captions
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
 from geobased.training.earth_baselines import LabelledCrops, evaluate_baselines
-from geobased.training.earth_crops import SATELLITE
+from geobased.training.earth_crops import SATELLITE, crop_picture
 from geobased.training.earthclip_data import CropSet, EarthData
 from geobased.training.streetclip_captions import token_table
 from geobased.whole_file import whole_file
@@ -72,8 +71,11 @@ def locate(
     parts: dict[str, list[torch.Tensor]] = {"coordinates": [], "radius_km": [], "score": [], "cell": [], "abstain": []}
     own_rule = model.config.place_rule
     model.config.place_rule = place_rule or own_rule
-    for part in embeddings.split(CROPS_PER_PASS):
-        answer = model.locate(embeddings=part, refine=refine, top_k=1)
+    try:
+        passes = [model.locate(embeddings=part, refine=refine, top_k=1) for part in embeddings.split(CROPS_PER_PASS)]
+    finally:
+        model.config.place_rule = own_rule
+    for answer in passes:
         assert answer.candidate_cells is not None
         assert answer.cell_probabilities is not None
         cell = answer.candidate_cells[:, :1]
@@ -83,7 +85,6 @@ def locate(
         for found, value in zip(parts.values(), values, strict=True):
             assert value is not None
             found.append(value.cpu())
-    model.config.place_rule = own_rule
     whole = {name: torch.cat(found) for name, found in parts.items()}
     return {name: (values.double() if values.is_floating_point() else values).numpy() for name, values in whole.items()}
 
@@ -358,9 +359,8 @@ def save_example(data: EarthData, crops: CropSet, path: Path) -> dict[str, float
     few = crops.places[:EXAMPLE_CROPS]
     pixels = data.pixels(few)
     row = int((pixels[:, 0] - pixels[:, 2]).flatten(1).std(1).argmax())
-    picture = (pixels[row] * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
     with whole_file(path) as temporary:
-        Image.fromarray(picture).save(temporary, "PNG")
+        crop_picture(pixels[row]).save(temporary, "PNG")
     names = ("latitude", "longitude", "degrees", "rotation")
     return {name: round(float(getattr(few, name)[row]), 4) for name in names}
 

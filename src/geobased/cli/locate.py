@@ -24,10 +24,7 @@ EXAMPLES = (
 LEVEL_NAMES = ("country", "region", "city")
 # fewer take seconds
 PROGRESS_FROM = 8
-OVERHEAD_ONLY = (
-    "earthclip-mini knows pictures of the Earth from space, 2 to 8 degrees across, and nothing else: for photos taken on the"
-    " ground pass --model geolocal/StreetCLIP"
-)
+OVERHEAD = "pictures of the Earth from space, 2 to 8 degrees across, and nothing else"  # what earthclip-mini knows
 
 Model = Annotated[
     str,
@@ -95,7 +92,8 @@ def locate(
     else:
         _show(report)
         if model == DEFAULT_GEOLOCALIZER and any(entry.get("abstain") for entry in report):
-            print(f"note: {OVERHEAD_ONLY}", file=sys.stderr)
+            photos = "for photos taken on the ground pass --model geolocal/StreetCLIP"
+            print(f"note: {model} knows {OVERHEAD}: {photos}", file=sys.stderr)
     failed = [entry for entry in report if "error" in entry]
     for entry in failed:
         print(f"error: {entry['error']}", file=sys.stderr)

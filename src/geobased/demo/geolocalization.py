@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import geobased
 from geobased.cli.errors import CommandError, explain
-from geobased.cli.locate import load_geolocalizer
+from geobased.cli.locate import OVERHEAD, load_geolocalizer
 from geobased.cli.sources import DEFAULT_GEOLOCALIZER, quiet_transformers
-from geobased.modeling_streetclip.image_decoding import UnreadableImageError, decode_image
+from geobased.modeling_streetclip.image_decoding import UnreadableImageError, decode_picture
+from geobased.pipelines.geolocalization_answers import NOWHERE
 from geobased.pipelines.geolocalization_map import STYLE, ZOOM_SCRIPT, LocatedImage, map_fragment, thumbnail
 
 from .serving import gr, on_gpu, serve
@@ -35,10 +36,7 @@ NOTICE = (
     "**Not for** finding or following people, nor for decisions about anyone: a guess can put people at risk, and is often wrong"
     " in ways that look certain. Ask for a second source. EXIF data is removed from what you upload and never used."
 )
-OVERHEAD_NOTE = (
-    "It knows pictures of the Earth from space, 2 to 8 degrees across, and nothing else: for photos taken on the ground serve"
-    " `geolocal/StreetCLIP` instead."
-)
+OVERHEAD_NOTE = f"It knows {OVERHEAD}: for photos taken on the ground serve `geolocal/StreetCLIP` instead."
 PROGRESS = gr.Progress()
 EMPTY = '<div class="places"><p class="note">The map appears here.</p></div>'
 
@@ -49,7 +47,7 @@ def without_metadata(files: Sequence[str] | None) -> list[str]:
     for file in files or []:
         path = Path(file)
         try:
-            picture = _picture(path)
+            picture = decode_picture(path)
         except UnreadableImageError:
             copies.append(file)
             continue
@@ -68,7 +66,7 @@ def country_tree(predictions: Sequence[dict[str, Any]]) -> str:
     for place in predictions:
         names = [place.get(level) for level in ("country", "region", "city")]
         node = tree
-        for name in [name for name in names if name] or ["at sea or far from any city"]:
+        for name in [name for name in names if name] or [NOWHERE]:
             entry = node.setdefault(name, {"score": 0.0, "below": {}})
             entry["score"] += place["score"]
             node = entry["below"]
@@ -215,12 +213,6 @@ def build_demo(model_name: str = DEFAULT_GEOLOCALIZER) -> gr.Blocks:
 
 def _copied(path: Path) -> str:
     return shutil.copy(path, tempfile.mkdtemp(prefix="geobased-"))
-
-
-def _picture(path: Path) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(decode_image(path).permute(1, 2, 0).contiguous().numpy())
 
 
 def main(model_name: str | None = None, port: int | None = None, share: bool = False) -> None:
