@@ -14,7 +14,6 @@ their difference. The floor is the tower's arithmetic at the measured rate of ma
 import argparse
 import functools
 import io
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, pipeline
 from geobased.geography.gazetteer import countries
 from geobased.modeling_streetclip.captions import in_country
 from geobased.modeling_streetclip.configuration_streetclip import StreetCLIPConfig
-from geobased.modeling_streetclip.image_decoding import decode_images
+from geobased.modeling_streetclip.image_decoding import decode_images, usable_cores
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
 from geobased.modeling_streetclip.zero_shot import SearchLevel
 from geobased.pipelines.image_geolocalization import ImageGeolocalizationPipeline
@@ -154,10 +153,10 @@ def main() -> None:
         print_table([found])
         print(f"  {speed:,.0f} images/s", flush=True)
         if folder is not None:
-            write_results("image_geolocalization", rows, folder, ceilings=ceilings.as_dict(), cores=os.cpu_count())
+            write_results("image_geolocalization", rows, folder, ceilings=ceilings.as_dict(), cores=usable_cores())
 
     decoding = images_per_second(lambda: list(decode_images(jpegs)), total)
-    print(f"decoding alone: {decoding:,.0f} images/s with {os.cpu_count()} threads", flush=True)
+    print(f"decoding alone: {decoding:,.0f} images/s with {usable_cores()} threads", flush=True)
     for batch_size in batches:
         decoded: Any = list(decode_images(jpegs[: REPEATS * batch_size]))
         groups = [decoded[n * batch_size : (n + 1) * batch_size] for n in range(REPEATS)]

@@ -106,7 +106,7 @@ def decode_images(
     """Decodes sources in threads (decoders leave the interpreter's lock while they work); gives the results in order.
 
     A result is what `decode_image` gives, or the error that it raises: one bad image does not stop the others. At most `ahead`
-    images are decoded before they are asked for, so sources may be endless. num_threads is the number of CPU cores if None.
+    images are decoded before they are asked for, so sources may be endless. num_threads is `usable_cores()` if None.
 
     Raises `ValueError` for num_threads or ahead below 1.
 
@@ -118,7 +118,7 @@ def decode_images(
     ['image of 8 bytes is no image that Pillow can read']
     ```
     """
-    num_threads = (os.cpu_count() or 1) if num_threads is None else num_threads
+    num_threads = usable_cores() if num_threads is None else num_threads
     if num_threads < 1 or ahead < 1:
         raise ValueError(f"num_threads={num_threads} and ahead={ahead} must be at least 1")
     if num_threads > 1 and _jpeg_library() is None:
@@ -126,6 +126,11 @@ def decode_images(
             "simplejpeg is not installed: Pillow decodes JPEG files, whose threads wait for each other; pip install simplejpeg"
         )
     return _decode_ahead(sources, num_threads, ahead, {"max_pixels": max_pixels, "jpeg_edge": jpeg_edge})
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: containers and `taskset` leave it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode_ahead(
@@ -247,4 +252,12 @@ def _turn(exif: Callable[[], Image.Exif]) -> Image.Transpose | None:
     return next((method for value, method in TRANSPOSE.items() if value == orientation), None)
 
 
-__all__ = ["MAX_PIXELS", "ImageSource", "UnreadableImageError", "decode_image", "decode_images", "decode_picture"]
+__all__ = [
+    "MAX_PIXELS",
+    "ImageSource",
+    "UnreadableImageError",
+    "decode_image",
+    "decode_images",
+    "decode_picture",
+    "usable_cores",
+]

@@ -13,12 +13,19 @@ import torch
 from transformers import Pipeline
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from geobased.modeling_streetclip.image_decoding import MAX_PIXELS, UnreadableImageError, decode_image, decode_images
+from geobased.modeling_streetclip.image_decoding import (
+    MAX_PIXELS,
+    UnreadableImageError,
+    decode_image,
+    decode_images,
+    usable_cores,
+)
 from geobased.modeling_streetclip.image_processing_gpu import GpuImagePreprocessor
 from geobased.modeling_streetclip.label_embeddings import DEFAULT_CACHE_DIR
 from geobased.modeling_streetclip.zero_shot import CandidateSource, SearchLevel
 
 from .feature_graphs import Embed, FeatureGraphs
+from .fused_activations import fuse_activations
 from .geolocalization_answers import AnswerOptions, Ranking, make_locator
 from .geolocalization_inputs import TIMEOUT_SECONDS, each_image, image_source, is_one_image
 
@@ -120,6 +127,8 @@ class ImageGeolocalizationPipeline(Pipeline):
     ) -> None:
         super().__init__(model, *args, **kwargs)
         self.model.eval()
+        if self.device.type == "cuda":
+            fuse_activations(self.model)
         self.locator = make_locator(self.model, self.tokenizer, candidates, levels, beam, label_cache_dir)
         if self.image_processor is None or isinstance(self.image_processor, str):
             self.image_processor = _image_processor(self.model, self.image_processor)
@@ -168,7 +177,7 @@ class ImageGeolocalizationPipeline(Pipeline):
         decoded = decode_images(
             (image_source(image, timeout) for image in images),
             num_threads=num_workers or None,
-            ahead=BATCHES_AHEAD * batch_size + 4 * (num_workers or os.cpu_count() or 1),
+            ahead=BATCHES_AHEAD * batch_size + 4 * (num_workers or usable_cores()),
             **options,
         )
 
