@@ -81,6 +81,9 @@ def _resample_last(pixels: torch.Tensor, in_size: int, out_size: int, start: int
         first = _input_range(in_size, out_size, start, stop)[0]
         return pixels[..., start - first : stop - first]
     weights = _weights(in_size, out_size, start, stop, pixels.device)
+    if pixels.is_cuda:  # the memory of weights that are dropped meanwhile is not given to the stream that made them
+        for tensor in (weights.index, weights.weight):
+            tensor.record_stream(torch.cuda.current_stream(pixels.device))
     rows = pixels.reshape(-1, pixels.shape[-1])
     per_chunk = max(MAX_ELEMENTS // weights.index.numel(), 1)
     parts = [_weighted_sums(part, weights) for part in rows.split(per_chunk)]
@@ -125,7 +128,8 @@ def _weights(in_size: int, out_size: int, start: int, stop: int, device: torch.d
     parts = torch.cat([high_part, whole - high_part * (1 << LOW_BITS)], dim=1).transpose(1, 2)
     return _Weights(
         index=(inputs.clamp(max=last - 1) - first).to(device),
-        weight=parts.to(device, torch.float32).contiguous(),
+        # laid out before it is moved: a copy from a processor's memory is waited for, so other streams find it finished
+        weight=parts.float().contiguous().to(device),
         outputs=stop - start,
     )
 

@@ -230,7 +230,10 @@ class HierarchicalZeroShot:
         texts = [[text for path in paths for text in self._texts(depth, path)] for paths in missing.values()]
         for key, embeddings in zip(missing, self.embedder.embed_sets(texts), strict=True):
             mean = embeddings.unflatten(0, (-1, len(self.levels[depth].prompts))).mean(dim=1)
-            self._embedded[key] = nn.functional.normalize(mean, dim=-1)
+            directions = nn.functional.normalize(mean, dim=-1)
+            if directions.is_cuda:  # finished before a search in another stream finds it
+                torch.cuda.current_stream(directions.device).synchronize()
+            self._embedded[key] = directions
         return torch.cat([self._embedded[key] for key in groups])
 
     def _texts(self, depth: int, path: PlacePath) -> list[str]:

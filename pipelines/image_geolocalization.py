@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from geobased.modeling_streetclip.image_processing_gpu import GpuImagePreprocess
 from geobased.modeling_streetclip.label_embeddings import DEFAULT_CACHE_DIR
 from geobased.modeling_streetclip.zero_shot import CandidateSource, SearchLevel
 
-from .feature_graphs import Embed, FeatureGraphs
 from .fused_activations import fuse_activations
 from .geolocalization_answers import AnswerOptions, Ranking, make_locator
 from .geolocalization_inputs import TIMEOUT_SECONDS, each_image, image_source, is_one_image
@@ -35,6 +34,8 @@ ANSWERS = ("top_k", "coverage", "refine", "abstain_radius_km", "abstain_probabil
 BATCHES_AHEAD = 2
 # worked on at once on a GPU, each in its own thread and stream: one is read in and answered while another is in the model
 BATCHES_AT_ONCE = 2
+# left to those threads: where all cores decode, the GPU waits for its next batch
+CORES_BESIDE_DECODING = 4
 
 
 @dataclass
@@ -45,7 +46,6 @@ class DecodedImages:
     """
 
     images: Sequence[torch.Tensor | UnreadableImageError]
-    embed: Embed | None = None  # the image tower; the locator's own if None
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ImageGeolocalizationPipeline(Pipeline):
 
     An image is a path, a URL, the bytes of a file, an open file, a PIL image, or a dictionary that holds one as "image". Several
     come as a list, which gives a list, or as a data set, generator or other iterable, which gives an iterator. They are decoded
-    in threads (`num_workers`, all cores by default) while the model works on `batch_size` images at a time.
+    in threads (`num_workers`; by default all cores, all but four beside a GPU) while the model works on `batch_size` at a time.
 
     The result for an image is a list of the `top_k` best places, best first, each a dictionary:
 
@@ -174,20 +174,21 @@ class ImageGeolocalizationPipeline(Pipeline):
     ) -> Iterator[Any]:
         images, options = each_image(inputs), dict(preprocess_params)
         timeout = options.pop("timeout", TIMEOUT_SECONDS)
+        on_gpu = self.device.type == "cuda"
+        num_threads = num_workers or max(1, usable_cores() - (CORES_BESIDE_DECODING if on_gpu else 0))
         decoded = decode_images(
             (image_source(image, timeout) for image in images),
-            num_threads=num_workers or None,
-            ahead=BATCHES_AHEAD * batch_size + 4 * (num_workers or usable_cores()),
+            num_threads=num_threads,
+            ahead=BATCHES_AHEAD * batch_size + 4 * num_threads,
             **options,
         )
 
-        def answer(batch: list[torch.Tensor | UnreadableImageError], embed: Embed | None = None) -> list[Any]:
-            return self.postprocess(self.forward(DecodedImages(batch, embed), **forward_params), **postprocess_params)
+        def answer(batch: list[torch.Tensor | UnreadableImageError]) -> list[Any]:
+            return self.postprocess(self.forward(DecodedImages(batch), **forward_params), **postprocess_params)
 
         def results() -> Iterator[Any]:
             batches = iter(lambda: list(islice(decoded, batch_size)), [])
-            on_gpu = self.device.type == "cuda"
-            answered = self._side_by_side(answer, batches, batch_size) if on_gpu else map(answer, batches)
+            answered = self._side_by_side(answer, batches) if on_gpu else map(answer, batches)
             for answers in answered:
                 yield from answers
 
@@ -195,31 +196,24 @@ class ImageGeolocalizationPipeline(Pipeline):
 
     def _side_by_side(
         self,
-        answer: Callable[[list[Any], Embed | None], list[Any]],
+        answer: Callable[[list[Any]], list[Any]],
         batches: Iterator[list[torch.Tensor | UnreadableImageError]],
-        batch_size: int,
     ) -> Iterator[list[Any]]:
         """`answer` of each batch, in order, with `BATCHES_AT_ONCE` of them on the GPU."""
         # what is made when it is first needed, such as label embeddings, is made once
-        yield from (answer(batch, None) for batch in islice(batches, 1))
-        rest = list(islice(batches, 1))
-        if not rest:
-            return
+        yield from map(answer, islice(batches, 1))
         streams = [torch.cuda.Stream(self.device) for _ in range(BATCHES_AT_ONCE)]
-        size = (self.preprocessor.crop_height, self.preprocessor.crop_width)
-        example = torch.zeros(batch_size, 3, *size, device=self.device, dtype=self.model.dtype)
-        embed = FeatureGraphs(self.locator.embed, example, streams)
 
         def attempt(number: int, batch: list[torch.Tensor | UnreadableImageError]) -> list[Any]:
-            with torch.cuda.stream(streams[number % BATCHES_AT_ONCE]):
-                return answer(batch, embed)
+            with torch.cuda.stream(streams[number]):
+                return answer(batch)
 
         # one thread each: batches of a stream follow each other
         pools = [ThreadPoolExecutor(1, thread_name_prefix="locate") for _ in streams]
         pending: deque[Future[list[Any]]] = deque()
         try:
-            for number, batch in enumerate(chain(rest, batches)):
-                pending.append(pools[number % BATCHES_AT_ONCE].submit(attempt, number, batch))
+            for number, batch in zip(cycle(range(BATCHES_AT_ONCE)), batches, strict=False):
+                pending.append(pools[number].submit(attempt, number, batch))
                 if len(pending) == BATCHES_AT_ONCE:
                     yield pending.popleft().result()
             while pending:
@@ -249,7 +243,7 @@ class ImageGeolocalizationPipeline(Pipeline):
         if not images:
             return LocatedImages(None, errors)
         pixel_values = self.preprocessor(images, device=self.device, dtype=self.model.dtype)
-        features = (model_inputs.embed or self.locator.embed)(pixel_values)
+        features = self.locator.embed(pixel_values)
         return LocatedImages(self.locator(features, AnswerOptions(**options)), errors)
 
     def postprocess(self, model_outputs: LocatedImages) -> list[Any]:  # type: ignore[override]

@@ -1,6 +1,7 @@
-"""The image geolocalization pipeline on a GPU: batches side by side, and the image tower as a CUDA graph."""
+"""The image geolocalization pipeline on a GPU answers batches side by side."""
 
 import io
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,10 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from geobased.geography.gazetteer import countries
+from geobased.modeling_streetclip import resampling
 from geobased.modeling_streetclip.configuration_streetclip import StreetCLIPConfig
 from geobased.modeling_streetclip.modeling_streetclip import StreetCLIPModel
 from geobased.modeling_streetclip.zero_shot import SearchLevel
-from geobased.pipelines.feature_graphs import FeatureGraphs
 from geobased.pipelines.image_geolocalization import ImageGeolocalizationPipeline
 from geobased.training.earthclip_data import caption_tokenizer
 
@@ -62,7 +63,7 @@ def scores(results: list) -> np.ndarray:
 
 @pytest.mark.gpu
 def test_batches_side_by_side_answer_as_one_image_does(parts):
-    """A last batch that is not full, and one with a bad file, are computed without the graph."""
+    """A last batch that is not full, and one with a bad file, among them."""
     files = jpegs(43)
     expected = scores([locator(parts, -1)(file, top_k=20) for file in files])
     files.insert(10, b"no image")
@@ -81,11 +82,10 @@ def test_stopping_early_and_a_single_batch(parts):
 
 
 @pytest.mark.gpu
-def test_what_cannot_be_captured_runs_as_it_is(caplog):
-    """And leaves no trace: torch's random numbers, which know of captures, go on."""
-    stream = torch.cuda.Stream()
-    waits = FeatureGraphs(lambda x: x * float(x.sum()), torch.zeros(2, 3, device="cuda"), [stream])
-    with torch.cuda.stream(stream):
-        x = torch.rand(2, 3, device="cuda")
-        assert torch.equal(waits(x), x * float(x.sum()))
-    assert "runs without a CUDA graph" in caplog.text
+def test_streams_share_what_is_kept_of_many_sizes(parts, monkeypatch):
+    """More sizes than resampling keeps weights of: none is overwritten while another stream still uses it."""
+    monkeypatch.setattr(resampling, "_weights", lru_cache(maxsize=2)(resampling._weights.__wrapped__))
+    generator = np.random.default_rng(0)
+    photos = [Image.fromarray(generator.integers(0, 256, (40 + n % 17, 60 - n % 13, 3), dtype=np.uint8)) for n in range(200)]
+    expected = scores(locator(parts, -1)(photos, batch_size=8, top_k=20))
+    np.testing.assert_allclose(scores(locator(parts, 0)(photos, batch_size=8, top_k=20)), expected, atol=1e-5)
