@@ -8,6 +8,7 @@ writes it with its numbers to `ablations.json` in the same folder.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -76,6 +77,30 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Sentences that say which parts help, by the median error of held-out places; "" where no part has several seeds.
+
+    A difference counts if it is more than twice the root of both variances over the seeds.
+    """
+    key = "held_out/median_km"
+    whole, *others = rows
+    changes: dict[str, list[str]] = {"help": [], "nothing": [], "harm": []}
+    for row in others:
+        if whole[key]["deviation"] is None or row[key]["deviation"] is None:
+            continue
+        difference = row[key]["mean"] - whole[key]["mean"]
+        if abs(difference) <= 2 * math.hypot(whole[key]["deviation"], row[key]["deviation"]):
+            changes["nothing"].append(row["label"])
+        else:
+            changes["help" if difference > 0 else "harm"].append(f"{row['label']} ({difference:+.0f} km)")
+    sentences = {
+        "help": "The median error of held-out places is larger",
+        "nothing": "It is the same within twice the spread",
+        "harm": "It is smaller",
+    }
+    return " ".join(f"{sentence}: {', '.join(changes[name])}." for name, sentence in sentences.items() if changes[name])
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the runs")
@@ -86,10 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"earthclip_ablations: {error}")
     text = table(rows)
     write_json(folder / "ablations.json", {"rows": rows, "table": text})
-    print(text)
+    print(text, verdict(rows), sep="\n\n")
 
 
-__all__ = ["main", "summarize", "table"]
+__all__ = ["main", "summarize", "table", "verdict"]
 
 
 if __name__ == "__main__":

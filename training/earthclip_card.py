@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from geobased.training.earthclip_ablations import table, verdict
+
 ROWS = (
     ("pigeon", "**PIGEON head**"),
     ("pigeon_without_refinement", "without prototypes"),
@@ -115,16 +117,18 @@ In the form of PIGEON's. Heads and towers trained for fewer steps than the model
 part named; mean and standard deviation over training seeds where there are several.
 
 {table}
+
+{verdict}
 """
 
 
-def earthclip_card(part: str, evaluation: dict[str, Any], ablations: str | None = None) -> str:
+def earthclip_card(part: str, evaluation: dict[str, Any], ablations: list[dict[str, Any]] | None = None) -> str:
     """The card as Markdown.
 
     Args:
         part: "streetclip" or "pigeon".
         evaluation: what `evaluation.json` holds.
-        ablations: the table of `earthclip_ablations`, if there is one.
+        ablations: the rows of `earthclip_ablations`, if there are any.
     """
     sets, settings = evaluation["sets"], evaluation["settings"]
     low, high = settings["degrees"]
@@ -138,7 +142,9 @@ def earthclip_card(part: str, evaluation: dict[str, Any], ablations: str | None 
         usage=_USAGE[part],
         abstention=_abstention(evaluation),
         refinement=_UNREFINED if evaluation["calibration"]["refinement_top_k"] == 1 else "",
-        ablations="" if ablations is None else _ABLATIONS.format(table=ablations),
+        ablations=""
+        if ablations is None
+        else _ABLATIONS.format(table=table(ablations), verdict=verdict(ablations)).rstrip() + "\n",
         low=low,
         high=high,
         low_km=low * 111.195,

@@ -16,7 +16,7 @@ from typing import Any
 from geobased.modeling_based.whole_folder import whole_folder
 from geobased.training.artifacts import write_json
 from geobased.training.earthclip import EVALUATION_FILE, EXAMPLE_FILE
-from geobased.training.earthclip_ablations import summarize, table
+from geobased.training.earthclip_ablations import summarize
 from geobased.training.earthclip_card import earthclip_card
 
 # folder of the run -> folder of the checkpoint
@@ -49,7 +49,7 @@ def release(run: Path, checkpoints: Path, ablations: Path | None = None) -> list
             config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
             config.pop("auto_map", None)
             write_json(temporary / "config.json", config)
-            card = earthclip_card(part, evaluation, None if rows is None else table(rows))
+            card = earthclip_card(part, evaluation, rows)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             if part == "pigeon":
                 shutil.copyfile(run / EXAMPLE_FILE, temporary / EXAMPLE_FILE)

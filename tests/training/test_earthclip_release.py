@@ -27,13 +27,20 @@ def write_run(folder, first: float) -> None:
 def test_table_of_ablations(tmp_path, capsys):
     for seed, first in enumerate((1.0, 3.0)):
         write_run(tmp_path / f"whole-{seed}", first)
+        write_run(tmp_path / f"naive_cells-{seed}", first + 1)
+        write_run(tmp_path / f"no_multitask-{seed}", first - 50)
     write_run(tmp_path / "no_smoothing-0", 5.0)
     earthclip_ablations.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| all parts | 2 | 2.0 ± 1.4 | 3.0 ± 1.4 | 4.0 ± 1.4 | 102.0 ± 1.4 | 103.0 ± 1.4 | 104.0 ± 1.4 |"
     assert lines[3].startswith("| without prototype refinement | 2 | 12.0 ± 1.4 |")
     assert lines[6] == "| without haversine smoothing | 1 | 5.0 | 6.0 | 7.0 | 105.0 | 106.0 | 107.0 |"
-    assert len(lines) == 7
+    assert lines[10] == (
+        "The median error of held-out places is larger: without prototype refinement (+10 km), places by prototypes, not by"
+        " likelihood (+20 km), places at centroids, without prototypes (+30 km). It is the same within twice the spread:"
+        " rectangles for semantic geocells. It is smaller: without elevation and climate heads (-50 km)."
+    )
+    assert len(lines) == 11
     rows = json.loads((tmp_path / "ablations.json").read_text())["rows"]
     assert rows[0]["held_out/median_km"]["mean"] == 102.0
 
