@@ -35,21 +35,17 @@ def comparison_view(based: Measurement, attention: Measurement, max_new_tokens: 
 
 
 def _status(based: Measurement, attention: Measurement, max_new_tokens: int) -> str:
-    both = (based, attention)
-    if any(model.new_tokens < max_new_tokens for model in both):
-        doing = [
-            f"{model.name} {'writes' if model.new_tokens else 'reads'}" for model in both if model.new_tokens < max_new_tokens
-        ]
-        return f"Running: {', '.join(doing)}."
-    length = based.prompt_tokens + max_new_tokens
-    ratio = attention.cache_bytes / based.cache_bytes
-    more = f"{_times(ratio)} as much memory for it as" if ratio >= 1 else f"{ratio:.0%} of the memory for it that"
-    sentence = f"After {length:,} tokens {attention.name} keeps {more} {based.name}"
-    if ratio < 1:
-        sentence += " keeps"
+    if working := [model for model in (based, attention) if model.new_tokens < max_new_tokens]:
+        return f"{' and '.join(f'{model.name} {_activity(model)}' for model in working)} …"
+    memory = _times(attention.cache_bytes / based.cache_bytes)
+    sentence = f"At {based.prompt_tokens + max_new_tokens:,} tokens {attention.name} keeps {memory} the memory of {based.name}"
     if based.tokens_per_second and attention.tokens_per_second:
-        sentence += f", and writes {_times(attention.tokens_per_second / based.tokens_per_second)} as fast"
+        sentence += f" and writes {_times(attention.tokens_per_second / based.tokens_per_second)} as fast"
     return sentence + "."
+
+
+def _activity(model: Measurement) -> str:
+    return "writes" if model.new_tokens else "reads"
 
 
 def _times(ratio: float) -> str:
@@ -61,7 +57,7 @@ def _card(model: Measurement, kind: str, css_class: str, max_new_tokens: int) ->
     rate = "…" if model.tokens_per_second is None else f"{model.tokens_per_second:,.0f} tokens/s"
     done, total = model.read_tokens + model.new_tokens, model.prompt_tokens + max_new_tokens
     values = {
-        "Memory kept of the text": format_bytes(model.cache_bytes),
+        "Memory kept": format_bytes(model.cache_bytes),
         "Time to first token": first,
         "Writing speed": rate,
         "Read and written": f"{model.read_tokens:,} + {model.new_tokens:,}",
@@ -94,9 +90,9 @@ def _charts(based: Measurement, attention: Measurement, max_new_tokens: int) -> 
         summary("Memory now", (format_bytes(based.cache_bytes), format_bytes(attention.cache_bytes))),
     )
     speed = line_chart(
-        f"Writing speed, tokens/s over the newest {SPEED_WINDOW}",
+        "Writing speed, tokens/s",
         lines("speeds"),
-        "tokens written",
+        f"tokens written (mean of the newest {SPEED_WINDOW})",
         max_new_tokens,
         lambda rate: f"{rate:,.0f}",
         summary("Tokens per second now", (rates[0], rates[1])),

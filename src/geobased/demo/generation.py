@@ -36,15 +36,15 @@ EXAMPLES = {
     "Free text": "Fellow citizens, the Congress of the United States",
 }
 SHIPPED_MODEL_NOTE = (
-    "This small model was trained to recall what stands in its context, and is often wrong: it recalls 29 % of the facts in the"
+    "This small model was trained to recall what stands in its context, and is often wrong: it recalls 29% of the facts in the"
     " test of its model card. With the default settings it answers the first two examples rightly and the third wrongly. It goes"
     " on writing after an answer, knows no geography, and writes poor free text."
 )
 SHIPPED_RECALL_NOTE = (
-    "**Often wrong.** In the test of its model card this small model recalls 54 % of facts at up to 64 tokens between the fact and"
-    " the answer, and 15 % at 512 to 1,024. It was trained on records of towns and on questions about them; other texts were not"
-    " tested. Of the examples it answers the first two rightly, the third with the value of another record, and the fourth with a"
-    " value that stands nowhere. An answer that stands in the document can still be the wrong one."
+    "**Often wrong.** In the test of its model card this small model recalls 54% of facts at up to 64 tokens between the fact"
+    " and the answer, and 15% at 512 to 1,024. It was trained on records of towns and on questions about them; other texts were"
+    " not tested. Of the examples it answers the first two rightly, the third with the value of another record, and the fourth"
+    " with a value that stands nowhere. An answer that stands in the document can still be the wrong one."
 )
 COMPARISON_NOTE = (
     "Both read the same text and write the same number of tokens, greedily. They take turns and each has a clock of its own, so"
@@ -138,7 +138,7 @@ def build_demo(model_name: str = DEFAULT_MODEL, attention_model: str | None = No
         with gr.Tabs():
             with gr.Tab("Generate"):
                 _generation_tab(generator, shipped)
-            with gr.Tab("Beside attention"):
+            with gr.Tab("Compare"):
                 _comparison_tab(comparison)
             with gr.Tab("Recall"):
                 _recall_tab(RecallPlayground(compared, generator.lock), generator.max_prompt_tokens, shipped)
@@ -184,6 +184,7 @@ def _generation_tab(generator: Generator, shipped: bool) -> None:
                 max_lines=12,
                 max_length=MAX_CHARACTERS,
             )
+            _examples({name: [text] for name, text in EXAMPLES.items()}, [prompt])
             start, stop = _buttons("Generate")
             completion = gr.Textbox(label="Continuation", lines=7, max_lines=20, interactive=False)
             table = gr.Markdown(label="Statistics", container=False)
@@ -227,7 +228,6 @@ def _generation_tab(generator: Generator, shipped: bool) -> None:
                 maximum=MAX_SEED,
             )
             gr.Markdown("Top-k, top-p and the seed count where the temperature is above 0.")
-    _examples({name: [text] for name, text in EXAMPLES.items()}, [prompt])
     inputs = [prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed]
     _run(generate, start, stop, prompt, inputs, [completion, table])
 
@@ -274,16 +274,22 @@ def _comparison_tab(comparison: Comparison) -> None:
             min(CONTEXT_TOKENS, longest),
             step=1 if longest < 256 else 256,
             label="Context, tokens",
-            info=f"Filler before the text makes it as long as this; 0: none. The model was trained on {trained_tokens:,} tokens:"
-            " beyond, memory and speed can be compared, while the quality of the text is not claimed.",
+            info=f"Filler before the text makes it this long; 0: none. The model was trained on {trained_tokens:,}.",
+            min_width=280,
         )
         written = gr.Slider(
-            2, MAX_WRITTEN_TOKENS, COMPARED_TOKENS, step=1, label="Tokens to write", info="Both models write as many."
+            2,
+            MAX_WRITTEN_TOKENS,
+            COMPARED_TOKENS,
+            step=1,
+            label="Tokens to write",
+            info="Both models write as many.",
+            min_width=280,
         )
     start, stop = _buttons("Compare")
-    view = gr.HTML(label="Comparison", padding=False)
+    view = gr.HTML(label="Comparison", padding=False, apply_default_css=False)
     with gr.Accordion("Measurements as JSON", open=False):
-        report = gr.JSON(show_label=False)
+        report = gr.JSON(label="Measurements", show_label=False)
     _run(compare, start, stop, prompt, [prompt, context, written], [view, report])
 
 
@@ -314,12 +320,12 @@ def _recall_tab(playground: RecallPlayground, trained_tokens: int, shipped: bool
         label="Compare distances",
         info=f"Ask again with filler of up to {FILLER_TOKENS[-1]} tokens between the document and the question.",
     )
+    _examples(DOCUMENTS, [document, question])
     start, stop = _buttons("Ask")
     text = gr.Textbox(label="Answer", interactive=False)
-    view = gr.HTML(label="Where it stands", padding=False)
+    view = gr.HTML(label="Where it stands", padding=False, apply_default_css=False)
     with gr.Accordion("Answers as JSON", open=False):
-        report = gr.JSON(show_label=False)
-    _examples(DOCUMENTS, [document, question])
+        report = gr.JSON(label="Answers", show_label=False)
     _run(answer, start, stop, question, [document, question, distances], [text, view, report])
 
 

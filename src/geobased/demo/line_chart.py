@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 440, 220
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 14, 40
+WIDTH, HEIGHT = 340, 220
+LEFT, RIGHT, TOP, BOTTOM = 60, 18, 10, 40
 MOST_TICKS = 5
 
 
@@ -56,9 +56,7 @@ def line_chart(
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(y_text(tick))}</text>')
     for tick in x_ticks:
-        # the last label would stick out
-        anchor = "end" if x_of(tick) > right - 12 else "middle"
-        parts.append(f'<text x="{x_of(tick):.1f}" y="{bottom + 16}" text-anchor="{anchor}">{tick:,.0f}</text>')
+        parts.append(f'<text x="{x_of(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,.0f}</text>')
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     for line in lines:
         if line.points:
@@ -66,7 +64,8 @@ def line_chart(
             last_x, last_y = line.points[-1]
             parts.append(f'<polyline class="{line.css_class}" points="{points}"/>')
             parts.append(f'<circle class="{line.css_class}" cx="{x_of(last_x):.1f}" cy="{y_of(last_y):.1f}" r="3.5"/>')
+    keys = "".join(f'<span class="key {line.css_class}">{escape(line.name)}</span>' for line in lines)
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+        f'<figure><figcaption>{escape(title)}<br>{keys}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
         f' aria-label="{escape(summary)}">{"".join(parts)}</svg></figure>'
     )

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING
 
 from geobased.cli.errors import CommandError
 from geobased.cli.sources import quiet_transformers
@@ -13,9 +12,6 @@ from geobased.pipelines import ContextQuestionAnsweringPipeline
 
 from .comparison import MAX_CONTEXT_TOKENS, ComparedModel
 from .filler import filler_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FILLER_TOKENS = (0, 64, 128, 256, 512, 900)
 MAX_ANSWER_TOKENS, MAX_QUESTION_CHARACTERS = 32, 500
@@ -145,21 +141,33 @@ def recall_view(document: str, recalls: Sequence[Recall], trained_tokens: int, s
     if shipped and first.tokens_between is not None and (percent := card_recall(first.tokens_between)) is not None:
         parts.append(
             f"<p>{first.tokens_between:,} tokens lie between this place and the answer: in the test of its model card, the model"
-            f" recalled {percent:.0f} % of facts at such a distance.</p>"
+            f" recalled {percent:.0f}% of facts at such a distance.</p>"
         )
     if max(recall.context_tokens for recall in recalls) > trained_tokens:
         parts.append(f"<p>Some of this is longer than the {trained_tokens:,} tokens that the model was trained on.</p>")
     parts.append(f'<p class="label">Document</p><div class="document">{highlighted(document.strip(), first.spans)}</div>')
     if len(recalls) > 1:
-        rows = "".join(
-            f"<tr><td>{recall.filler_tokens:,}</td><td>{escape(recall.answer) or '(nothing)'}</td><td>{recall.score:.0%}</td>"
-            f"<td>{'yes' if recall.spans else 'no'}</td></tr>"
-            for recall in recalls
-        )
-        parts.append(
-            '<p class="label">With filler between the document and the question</p>'
-            '<div class="scrolls"><table><thead><tr><th scope="col">Tokens of filler</th><th scope="col">Answer</th>'
-            f'<th scope="col">Probability</th><th scope="col">In the document</th></tr></thead><tbody>{rows}</tbody></table></div>'
-            "<p>The filler is true statements about other towns, which can mislead the model.</p>"
-        )
+        parts.append(_distances(recalls, shipped))
     return f'<div class="recall">{"".join(parts)}</div>'
+
+
+def _distances(recalls: Sequence[Recall], shipped: bool) -> str:
+    """The answers at every length of filler as a table."""
+    near = recalls[0]
+    headings = ["Tokens of filler", "Answer", "Probability", "In the document"]
+    rows = [
+        [f"{recall.filler_tokens:,}", recall.answer or "(nothing)", f"{recall.score:.0%}", "yes" if recall.spans else "no"]
+        for recall in recalls
+    ]
+    if shipped and near.tokens_between is not None:
+        headings.append("Recalled in its test")
+        for row, recall in zip(rows, recalls, strict=True):
+            percent = card_recall(near.tokens_between + recall.filler_tokens)
+            row.append("not tested" if percent is None else f"{percent:.0f}%")
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in row)}</tr>" for row in rows)
+    return (
+        '<p class="label">With filler between the document and the question</p>'
+        f'<div class="scrolls"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        "<p>The filler is statements about other towns, whose values can mislead the model.</p>"
+    )
