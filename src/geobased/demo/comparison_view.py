@@ -36,7 +36,7 @@ def comparison_view(based: Measurement, attention: Measurement, max_new_tokens: 
 
 def _status(based: Measurement, attention: Measurement, max_new_tokens: int) -> str:
     if working := [model for model in (based, attention) if model.new_tokens < max_new_tokens]:
-        return f"{' and '.join(f'{model.name} {_activity(model)}' for model in working)} …"
+        return f"{', '.join(f'{model.name} {_activity(model)}' for model in working)} …"
     memory = _times(attention.cache_bytes / based.cache_bytes)
     sentence = f"At {based.prompt_tokens + max_new_tokens:,} tokens {attention.name} keeps {memory} the memory of {based.name}"
     if based.tokens_per_second and attention.tokens_per_second:

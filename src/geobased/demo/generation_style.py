@@ -3,13 +3,15 @@
 STYLE = """
 .gradio-container { --based: #1d4ed8; --attention: #c2410c; --mark: #fde68a; }
 .dark .gradio-container, .dark { --based: #60a5fa; --attention: #fb923c; --mark: #854d0e; }
-.gradio-container table { width: 100%; border-collapse: collapse; margin: 0; border: 0 !important; }
+.gradio-container table { width: 100%; border-collapse: collapse; margin: 0; }
+.gradio-container table, .gradio-container table tr { border: 0 !important; }
+.recall table { font-size: 0.875rem; }
 .gradio-container table td, .gradio-container table th {
   border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; text-align: left;
 }
 .gradio-container .head { display: grid !important; grid-template-columns: 1fr auto; }
 .gradio-container .head label { display: contents; }
-.gradio-container .head .info-text { grid-column: 1 / -1; order: 1; }
+.gradio-container .head .info-text { grid-column: 1 / -1; order: 2; }
 .scrolls { overflow-x: auto; }
 .comparison, .recall { color: var(--body-text-color); display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; }
 .html-container:has(> * > .comparison, > * > .recall) { padding: 0; }

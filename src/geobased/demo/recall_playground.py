@@ -154,7 +154,7 @@ def recall_view(document: str, recalls: Sequence[Recall], trained_tokens: int, s
 def _distances(recalls: Sequence[Recall], shipped: bool) -> str:
     """The answers at every length of filler as a table."""
     near = recalls[0]
-    headings = ["Tokens of filler", "Answer", "Probability", "In the document"]
+    headings = ["Filler, tokens", "Answer", "Probability", "In the document"]
     rows = [
         [f"{recall.filler_tokens:,}", recall.answer or "(nothing)", f"{recall.score:.0%}", "yes" if recall.spans else "no"]
         for recall in recalls
@@ -168,6 +168,7 @@ def _distances(recalls: Sequence[Recall], shipped: bool) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in row)}</tr>" for row in rows)
     return (
         '<p class="label">With filler between the document and the question</p>'
-        f'<div class="scrolls"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        '<div class="scrolls" role="region" tabindex="0" aria-label="Answers by length of filler">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         "<p>The filler is statements about other towns, whose values can mislead the model.</p>"
     )

@@ -57,11 +57,12 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
         port: of the address; if not given, that in `GRADIO_SERVER_PORT` or the first free one from 7860 on.
         share: open a public address too, which leads through Gradio's servers, and return that.
         script: JavaScript that the page runs when it opens.
-        mcp: offer the page's endpoints as tools of the Model Context Protocol too. Raises `ModuleNotFoundError` without the
-            package mcp.
+        mcp: offer the page's endpoints as tools of the Model Context Protocol too.
+
+    Raises `CommandError` if the port is taken, or if `mcp` is asked for without its package.
     """
     if mcp and importlib.util.find_spec("mcp") is None:
-        raise ModuleNotFoundError('--mcp needs mcp, which is not installed: pip install "geobased[mcp]"', name="mcp")
+        raise CommandError('--mcp needs the package mcp, which is not installed: pip install "geobased[mcp]"', FAILURE)
     demo.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
     try:
         _, local, public = demo.launch(
