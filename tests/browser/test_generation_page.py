@@ -1,8 +1,10 @@
 """The text generation page in a browser: what a person does there, what they see, and that it works on a phone in the dark."""
 
+import io
 import re
 
 import pytest
+from PIL import Image
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
 DESKTOP = {"viewport": {"width": 1000, "height": 900}, "color_scheme": "light"}
@@ -49,7 +51,9 @@ def picture(page, screenshots, name: str) -> None:
     if screenshots is not None:
         screenshots.mkdir(parents=True, exist_ok=True)
         page.mouse.move(0, 0)
-        page.screenshot(path=str(screenshots / f"{name}.png"), full_page=True)
+        pixels = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+        # few colours: the pictures of the documentation stay small
+        pixels.quantize(64, dither=Image.Dither.NONE).save(screenshots / f"{name}.png", optimize=True)
 
 
 def test_text_streams_and_stop_stops(open_tab):
@@ -75,7 +79,7 @@ def test_text_streams_and_stop_stops(open_tab):
 def test_generation_tab_as_a_picture(open_tab, screenshots):
     page = open_tab("Generate", **DESKTOP)
     press(page, "Generate")
-    page.get_by_text("32 new").wait_for()
+    page.get_by_text("27 of the prompt, 32 new").wait_for()
     assert textbox(page, "Continuation").input_value().startswith(" 94,393")
     picture(page, screenshots, "demo_generation")
 
@@ -93,7 +97,7 @@ def test_attention_keeps_more_memory_of_a_long_context(open_tab, screenshots):
     assert page.locator(".card.attention").get_by_text("Untrained, with random weights").is_visible()
     charts = page.get_by_role("img", name=re.compile("Memory now|Tokens per second now"))
     assert charts.count() == 2 and page.locator(".comparison polyline").count() == 4
-    picture(page, screenshots, "demo_generation_comparison")
+    picture(page, screenshots, "demo_comparison")
 
 
 def test_comparison_can_be_stopped(open_tab):

@@ -1,5 +1,6 @@
 """The text generation demo: the page's endpoint as a client sees it, the generator behind it, the command, the Space's files."""
 
+import asyncio
 import importlib.util
 import os
 import re
@@ -251,6 +252,26 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
     result = CliRunner().invoke(app, ["demo", "generation"])
     assert result.exit_code == 1
     assert result.stderr == 'error: this command needs gradio, which is not installed: pip install "geobased[demo]"\n'
+
+
+def test_endpoints_are_tools_of_mcp(tiny_model_dir):
+    pytest.importorskip("mcp")
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def asked(address: str) -> tuple[set[str], str]:
+        async with streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _), ClientSession(read, write) as session:
+            await session.initialize()
+            tools = {tool.name for tool in (await session.list_tools()).tools}
+            question = {"document": "the river runs", "question": "what runs?", "distances": False}
+            return tools, (await session.call_tool("answer", question)).content[0].text
+
+    page = generation.build_demo(str(tiny_model_dir))
+    try:
+        tools, text = asyncio.run(asked(launch(page, free_port(), mcp=True)))
+    finally:
+        page.close(verbose=False)
+    assert tools == {"generate", "compare", "answer"} and "filler_tokens" in text
 
 
 def test_mcp_without_its_extra_is_a_sentence(tiny_model_dir, monkeypatch):

@@ -102,7 +102,8 @@ def untrained_attention_model(based: geobased.BasedForCausalLM) -> LlamaForCausa
 
     Its MLP is as wide as brings the number of parameters nearest to that of `based`, in steps of 8 that suit a GPU.
     """
-    config = based.config
+    # transformers declares as optional what its configurations set by themselves
+    config: Any = based.config
     attention = 4 * config.hidden_size * config.num_attention_heads * config.head_dim
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
@@ -123,7 +124,8 @@ def untrained_attention_model(based: geobased.BasedForCausalLM) -> LlamaForCausa
     )
     with torch.random.fork_rng(), torch.device(based.device):
         torch.manual_seed(0)
-        return LlamaForCausalLM(llama).to(based.dtype).eval()
+        model: Any = LlamaForCausalLM(llama)
+        return model.to(based.dtype).eval()
 
 
 class _Contender:
@@ -219,8 +221,8 @@ class Comparison:
     @cached_property
     def attention(self) -> ComparedModel:
         if self.attention_model is None:
-            model = untrained_attention_model(self.based.model)
-            return ComparedModel("Llama", model, self.based.tokenizer, trained=False)
+            assert isinstance(self.based.model, geobased.BasedForCausalLM)
+            return ComparedModel("Llama", untrained_attention_model(self.based.model), self.based.tokenizer, trained=False)
         name, source = self.attention_model, resolve_model(self.attention_model)
         tokenizer = load_tokenizer(name, source)
         compared = ComparedModel(name, load_model(name, source, "auto", parse_device("auto")), tokenizer)

@@ -86,7 +86,7 @@ def _charts(based: Measurement, attention: Measurement, max_new_tokens: int) -> 
         lines("memory"),
         "tokens read and written",
         max(based.prompt_tokens, attention.prompt_tokens) + max_new_tokens,
-        format_bytes,
+        lambda size: format_bytes(round(size)),
         summary("Memory now", (format_bytes(based.cache_bytes), format_bytes(attention.cache_bytes))),
     )
     speed = line_chart(

@@ -7,7 +7,7 @@ main()
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -49,7 +49,8 @@ SHIPPED_RECALL_NOTE = (
 COMPARISON_NOTE = (
     "Both read the same text and write the same number of tokens, greedily. They take turns and each has a clock of its own, so"
     " neither slows the other; the one whose clock is behind goes next. Memory is that of the tensors in the cache, speed that of"
-    f" transformers on this machine, the text read {READ_AT_ONCE} tokens at a time. Nothing here is computed from a formula."
+    f" transformers on this machine; nothing is computed from a formula. The text is read {READ_AT_ONCE} tokens at a time, so"
+    " that reading can be watched and stopped; that costs attention some time to its first token."
 )
 
 
@@ -88,7 +89,7 @@ def _buttons(start_label: str) -> tuple[gr.Button, gr.Button]:
         return gr.Button(start_label, variant="primary"), gr.Button("Stop")
 
 
-def _examples(examples: dict[str, Sequence[str]], inputs: list[Any]) -> None:
+def _examples(examples: Mapping[str, Sequence[str]], inputs: list[Any]) -> None:
     gr.Examples(
         [list(texts) for texts in examples.values()],
         inputs,

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 from geobased.cli.errors import CommandError
 from geobased.cli.sources import quiet_transformers
@@ -21,9 +22,9 @@ CARD_RECALL = ((64, 54.4), (128, 37.6), (256, 27.1), (512, 22.0), (1024, 14.8))
 DOCUMENTS = {
     "One fact": ("The population of Lund is 94,393.", "What is the population of Lund?"),
     "Statements": (
-        "The population of Lund is 94,393. The climate of Lund is humid subtropical. The region of Lund is Skåne."
-        " The population of Kiruna is 17,002. The climate of Kiruna is subarctic.",
-        "What is the climate of Lund?",
+        "The population of Nanjing is 9,314,685. The climate of Nanjing is humid subtropical. The region of Nanjing is Jiangsu"
+        " Sheng. The population of Jeddah is 4,697,000. The climate of Jeddah is hot desert.",
+        "What is the climate of Nanjing?",
     ),
     "Records": (
         "Name: Guangzhou\nPopulation: 16,096,724\nClimate: dry-winter subtropical\nRegion: Guangdong\n\n"
@@ -76,7 +77,8 @@ class RecallPlayground:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._reader = ContextQuestionAnsweringPipeline(model=self.compared.model, tokenizer=self.compared.tokenizer)
+        tokenizer: Any = self.compared.tokenizer
+        self._reader = ContextQuestionAnsweringPipeline(model=self.compared.model, tokenizer=tokenizer)
 
     def answer(self, document: str, question: str, filler_tokens: Sequence[int] = (0,)) -> list[Recall]:
         """The answer for each length of filler put between the document and the question.
@@ -153,14 +155,15 @@ def recall_view(document: str, recalls: Sequence[Recall], trained_tokens: int, s
 
 def _distances(recalls: Sequence[Recall], shipped: bool) -> str:
     """The answers at every length of filler as a table."""
-    near = recalls[0]
+    near, notes = recalls[0], ["The filler is statements about other towns, whose values can mislead the model."]
     headings = ["Filler, tokens", "Answer", "Probability", "In the document"]
     rows = [
         [f"{recall.filler_tokens:,}", recall.answer or "(nothing)", f"{recall.score:.0%}", "yes" if recall.spans else "no"]
         for recall in recalls
     ]
     if shipped and near.tokens_between is not None:
-        headings.append("Recalled in its test")
+        headings.append("Model card")
+        notes.append("The last column is the share of facts recalled at such a distance in the test of the model card.")
         for row, recall in zip(rows, recalls, strict=True):
             percent = card_recall(near.tokens_between + recall.filler_tokens)
             row.append("not tested" if percent is None else f"{percent:.0f}%")
@@ -170,5 +173,5 @@ def _distances(recalls: Sequence[Recall], shipped: bool) -> str:
         '<p class="label">With filler between the document and the question</p>'
         '<div class="scrolls" role="region" tabindex="0" aria-label="Answers by length of filler">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        "<p>The filler is statements about other towns, whose values can mislead the model.</p>"
+        f"<p>{' '.join(notes)}</p>"
     )
