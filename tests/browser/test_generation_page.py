@@ -116,10 +116,9 @@ def test_recall_answers_and_marks_the_place(open_tab, screenshots):
     page = open_tab("Recall", **DESKTOP)
     page.get_by_label("Compare distances").check()
     textbox(page, "Question").press("Enter")
-    page.locator(".recall table").wait_for(timeout=WAIT)
+    page.locator(".recall tbody tr").nth(5).wait_for(timeout=WAIT)
     assert textbox(page, "Answer").input_value() == "humid subtropical"
     assert page.locator(".recall mark").inner_text() == "humid subtropical"
-    assert page.locator(".recall tbody tr").count() == 6
     assert page.get_by_text("Often wrong.").is_visible()
     picture(page, screenshots, "demo_recall")
 
@@ -149,7 +148,7 @@ def test_fits_a_phone_in_the_dark(open_tab, screenshots):
     page.get_by_role("tab", name="Recall", exact=True).click()
     page.get_by_label("Compare distances").check()
     press(page, "Ask")
-    page.locator(".recall table").wait_for(timeout=WAIT)
+    page.locator(".recall tbody tr").nth(5).wait_for(timeout=WAIT)
     for tab in ("Generate", "Compare", "Recall"):
         page.get_by_role("tab", name=tab, exact=True).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from geobased.cli.errors import CommandError
 
@@ -132,6 +132,13 @@ def test_a_given_model_shows_its_text_within_its_positions(mini, tmp_path, tiny_
     assert attention.cache_bytes == 93 * 2 * 2 * 8 * 4
     with pytest.raises(CommandError, match="choose 0 to 100"):
         next(given.stream("the river", 200, 4))
+
+
+def test_a_model_without_a_cache_of_keys_is_refused(mini, tmp_path, tiny_model_dir):
+    MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
+    with pytest.raises(CommandError, match="keeps no cache of transformers' kind"):
+        Comparison(mini, str(tmp_path))
 
 
 def test_cache_bytes_counts_what_a_cache_holds():

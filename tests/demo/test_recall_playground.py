@@ -31,10 +31,12 @@ def playground() -> RecallPlayground:
 
 
 def test_notes_on_the_examples_are_true(playground):
-    answers = [playground.answer(*example)[0] for example in DOCUMENTS.values()]
+    answers = [next(playground.answers(*example)) for example in DOCUMENTS.values()]
     assert [recall.answer for recall in answers[:2]] == ["94,393", "humid subtropical"]
     assert answers[2].answer == "Makkah" and answers[2].spans
     assert answers[3].spans == ()
+    document, _ = DOCUMENTS["Another kind of text"]
+    assert "does not stand in the document" in recall_view(document, answers[3:], 1024, shipped=True)
     assert "the first two rightly, the third with the value of another record" in SHIPPED_RECALL_NOTE
 
 
@@ -50,7 +52,7 @@ def test_rates_are_those_of_the_model_card():
 
 def test_an_answer_is_found_where_it_stands(playground):
     document, question = DOCUMENTS["One fact"]
-    (recall,) = playground.answer(document, question)
+    (recall,) = playground.answers(document, question)
     ((start, end),) = recall.spans
     assert document[start:end] == recall.answer == "94,393" and 0.2 < recall.score <= 1
     assert 0 < recall.tokens_between < recall.context_tokens
@@ -61,12 +63,12 @@ def test_an_answer_is_found_where_it_stands(playground):
 
 def test_distances_put_filler_between(playground):
     document, question = DOCUMENTS["One fact"]
-    recalls = playground.answer(document, question, FILLER_TOKENS)
+    recalls = list(playground.answers(document, question, FILLER_TOKENS))
     assert [recall.filler_tokens for recall in recalls] == list(FILLER_TOKENS)
     for recall in recalls[1:]:
         added = recall.context_tokens - recalls[0].context_tokens
         assert recall.filler_tokens <= added < recall.filler_tokens + 40
-    assert recalls == playground.answer(document, question, FILLER_TOKENS)
+    assert recalls == list(playground.answers(document, question, FILLER_TOKENS))
     view = recall_view(document, recalls, 512, shipped=True)
     assert view.count("<tr>") == 1 + len(FILLER_TOKENS)
     assert "longer than the 512 tokens" in view
@@ -96,4 +98,4 @@ def test_text_of_others_is_escaped():
 )
 def test_wrong_input_is_a_message(playground, document, question, message):
     with pytest.raises(CommandError, match=message):
-        playground.answer(document, question)
+        next(playground.answers(document, question))

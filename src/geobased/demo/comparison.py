@@ -230,7 +230,10 @@ class Comparison:
             raise CommandError(f"{name} is a BASED model: --attention-model takes another kind of causal language model")
         if compared.max_context_tokens < 1:
             raise CommandError(f"{name} reads at most {MAX_WRITTEN_TOKENS + compared.max_context_tokens} tokens: too few")
-        self._warm_up(compared)
+        try:
+            self._warm_up(compared)
+        except (AttributeError, TypeError) as error:
+            raise CommandError(f"{name} keeps no cache of transformers' kind, whose memory could be measured") from error
         return compared
 
     @property

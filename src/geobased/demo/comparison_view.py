@@ -63,7 +63,11 @@ def _card(model: Measurement, kind: str, css_class: str, max_new_tokens: int) ->
         "Read and written": f"{model.read_tokens:,} + {model.new_tokens:,}",
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items())
-    text = f'<p class="note">{UNTRAINED}</p>' if model.text is None else f'<p class="text">{escape(model.text) or "…"}</p>'
+    text = (
+        f'<p class="note">{UNTRAINED}</p>'
+        if model.text is None
+        else f'<p class="text" tabindex="0">{escape(model.text) or "…"}</p>'
+    )
     return (
         f'<section class="card {css_class}"><h3>{escape(model.name)}</h3>'
         f'<p class="note">{kind}, {model.parameters:,} parameters</p>'

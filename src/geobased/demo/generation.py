@@ -18,7 +18,7 @@ from geobased.cli.sources import DEFAULT_MODEL
 from .comparison import MAX_WRITTEN_TOKENS, READ_AT_ONCE, ComparedModel, Comparison
 from .comparison_view import UNTRAINED, comparison_view
 from .generation_style import STYLE
-from .recall_playground import DOCUMENTS, FILLER_TOKENS, MAX_QUESTION_CHARACTERS, RecallPlayground, recall_view
+from .recall_playground import DOCUMENTS, FILLER_TOKENS, MAX_QUESTION_CHARACTERS, Recall, RecallPlayground, recall_view
 from .serving import gr, on_gpu, serve
 from .text_generator import MAX_SEED, Generator, Progress, Settings
 
@@ -295,10 +295,10 @@ def _comparison_tab(comparison: Comparison) -> None:
 
 
 def _recall_tab(playground: RecallPlayground, trained_tokens: int, shipped: bool) -> None:
-    def answer(document: str, question: str, distances: bool) -> tuple[str, str, list[dict[str, Any]]]:
+    def answer(document: str, question: str, distances: bool) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
         """Answer a question from a document with a BASED model. It is often wrong: check where the answer stands.
 
-        Returns the answer, a view as HTML, and for each length of filler between document and question the answer, the
+        Yields the answer, a view as HTML, and for each length of filler between document and question the answer, the
         probability that the model gave to its tokens (not that it is right), and the characters of the document that equal it.
 
         Args:
@@ -307,9 +307,11 @@ def _recall_tab(playground: RecallPlayground, trained_tokens: int, shipped: bool
             distances: whether to ask again with filler of several lengths between the document and the question.
         """
         with _errors_as_messages():
-            recalls = playground.answer(document, question, FILLER_TOKENS if distances else FILLER_TOKENS[:1])
-            view = recall_view(document, recalls, trained_tokens, shipped)
-            return recalls[0].answer, view, [asdict(recall) for recall in recalls]
+            recalls: list[Recall] = []
+            for recall in playground.answers(document, question, FILLER_TOKENS if distances else FILLER_TOKENS[:1]):
+                recalls.append(recall)
+                view = recall_view(document, recalls, trained_tokens, shipped)
+                yield recalls[0].answer, view, [asdict(recall) for recall in recalls]
 
     if shipped:
         gr.Markdown(SHIPPED_RECALL_NOTE)

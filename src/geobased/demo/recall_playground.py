@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -80,8 +80,8 @@ class RecallPlayground:
         tokenizer: Any = self.compared.tokenizer
         self._reader = ContextQuestionAnsweringPipeline(model=self.compared.model, tokenizer=tokenizer)
 
-    def answer(self, document: str, question: str, filler_tokens: Sequence[int] = (0,)) -> list[Recall]:
-        """The answer for each length of filler put between the document and the question.
+    def answers(self, document: str, question: str, filler_tokens: Sequence[int] = (0,)) -> Iterator[Recall]:
+        """The answer for each length of filler put between the document and the question. To stop, ask for no more.
 
         Raises `CommandError` for an empty document or question, and for too long ones.
         """
@@ -93,7 +93,8 @@ class RecallPlayground:
             raise CommandError(f"The question has {len(question):,} characters: at most {MAX_QUESTION_CHARACTERS} are taken.")
         if (count := self._count(document)) > MAX_CONTEXT_TOKENS:
             raise CommandError(f"The document is too long: it has {count:,} tokens, and at most {MAX_CONTEXT_TOKENS:,} are read.")
-        return [self._answer(document.strip(), question.strip(), tokens) for tokens in filler_tokens]
+        for tokens in filler_tokens:
+            yield self._answer(document.strip(), question.strip(), tokens)
 
     def _answer(self, document: str, question: str, filler_tokens: int) -> Recall:
         filler = filler_text(self.compared.tokenizer, filler_tokens, beside=document + question)
@@ -135,9 +136,12 @@ def recall_view(document: str, recalls: Sequence[Recall], trained_tokens: int, s
     """The answer, its place in the document and, for several distances, a table, as HTML."""
     first = recalls[0]
     times = {1: "once", 2: "twice"}.get(len(first.spans), f"{len(first.spans)} times")
-    where = f"stands in the document {times}, marked below. That does not make it the right one"
+    if first.spans:
+        where = f"stands in the document {times}, marked below. That does not make it the right one"
+    else:
+        where = "does not stand in the document: the model did not copy it from there"
     parts = [
-        f"<p>The answer {where if first.spans else 'stands nowhere in the document: the model made it up'}.</p>",
+        f"<p>The answer {where}.</p>",
         f"<p>Probability that the model gives these tokens: <b>{first.score:.0%}</b>. That is no probability of being right.</p>",
     ]
     if shipped and first.tokens_between is not None and (percent := card_recall(first.tokens_between)) is not None:
@@ -147,7 +151,10 @@ def recall_view(document: str, recalls: Sequence[Recall], trained_tokens: int, s
         )
     if max(recall.context_tokens for recall in recalls) > trained_tokens:
         parts.append(f"<p>Some of this is longer than the {trained_tokens:,} tokens that the model was trained on.</p>")
-    parts.append(f'<p class="label">Document</p><div class="document">{highlighted(document.strip(), first.spans)}</div>')
+    parts.append(
+        '<p class="label">Document</p><div class="document" role="region" tabindex="0" aria-label="Document">'
+        f"{highlighted(document.strip(), first.spans)}</div>"
+    )
     if len(recalls) > 1:
         parts.append(_distances(recalls, shipped))
     return f'<div class="recall">{"".join(parts)}</div>'
