@@ -156,6 +156,10 @@ def test_view_says_what_was_measured_and_what_is_not_claimed(comparison):
     assert "At 1,508 tokens" in view and UNTRAINED in view and "609.9 kB" in view
     assert "the quality of its text there is not claimed" in view
     assert "not claimed" not in comparison_view(*last(comparison, PROMPT, 0, 4), 4, 1024)
+    slower = comparison_view(replace(based, tokens_per_second=100.0), replace(attention, tokens_per_second=8.0), 8, 1024)
+    assert "At 1,508 tokens Llama keeps 40 times the memory of based-mini, and based-mini writes 12 times as fast as" in slower
+    faster = comparison_view(replace(based, tokens_per_second=100.0), replace(attention, tokens_per_second=150.0), 8, 1024)
+    assert "and Llama writes 1.5 times as fast as based-mini" in faster
     assert view.count("<svg") == 2 and "http" not in view
 
 

@@ -27,7 +27,7 @@ READ_AT_ONCE = 512
 TURN_SECONDS = 0.15
 # a speed is the mean over so many of the newest tokens
 SPEED_WINDOW = 8
-WARM_UP_TOKENS = 16
+WARM_UP_TOKENS, SPARE_TOKENS = 16, 16
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,11 @@ class ComparedModel:
                 f" {self.max_context_tokens:,} are compared."
             )
         if (missing := context_tokens - ids.shape[1]) > 0:
-            longer = self._ids(f"{filler_text(self.tokenizer, missing, beside=prompt)}\n{prompt}")
+            # a little more, as joined statements can have fewer tokens than they have one by one
+            filler = filler_text(self.tokenizer, missing + missing // 8 + SPARE_TOKENS, beside=prompt)
+            longer = self._ids(f"{filler}\n{prompt}")
             # the first token may be one that begins every text
-            ids = torch.cat([longer[:, :1], longer[:, longer.shape[1] - context_tokens + 1 :]], dim=1)
+            ids = torch.cat([longer[:, :1], longer[:, 1 - context_tokens :]], dim=1)
         return ids.to(self.model.device)
 
     def _ids(self, text: str) -> torch.Tensor:

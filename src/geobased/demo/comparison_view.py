@@ -37,11 +37,13 @@ def comparison_view(based: Measurement, attention: Measurement, max_new_tokens: 
 def _status(based: Measurement, attention: Measurement, max_new_tokens: int) -> str:
     if working := [model for model in (based, attention) if model.new_tokens < max_new_tokens]:
         return f"{', '.join(f'{model.name} {_activity(model)}' for model in working)} …"
-    memory = _times(attention.cache_bytes / based.cache_bytes)
-    sentence = f"At {based.prompt_tokens + max_new_tokens:,} tokens {attention.name} keeps {memory} the memory of {based.name}"
-    if based.tokens_per_second and attention.tokens_per_second:
-        sentence += f" and writes {_times(attention.tokens_per_second / based.tokens_per_second)} as fast"
-    return sentence + "."
+    less, more = sorted((based, attention), key=lambda model: model.cache_bytes)
+    memory = f"{more.name} keeps {_times(more.cache_bytes / less.cache_bytes)} the memory of {less.name}"
+    slow, fast = sorted((based, attention), key=lambda model: model.tokens_per_second or 0.0)
+    speed = ""
+    if slow.tokens_per_second and fast.tokens_per_second:
+        speed = f", and {fast.name} writes {_times(fast.tokens_per_second / slow.tokens_per_second)} as fast as {slow.name}"
+    return f"At {based.prompt_tokens + max_new_tokens:,} tokens {memory}{speed}."
 
 
 def _activity(model: Measurement) -> str:
@@ -49,7 +51,7 @@ def _activity(model: Measurement) -> str:
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:,.0f} times" if ratio >= 10 else f"{ratio:.1f} times" if ratio >= 0.95 else f"{ratio:.2f} times"
+    return f"{ratio:,.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
 
 
 def _card(model: Measurement, kind: str, css_class: str, max_new_tokens: int) -> str:
@@ -90,7 +92,7 @@ def _charts(based: Measurement, attention: Measurement, max_new_tokens: int) -> 
         lines("memory"),
         "tokens read and written",
         max(based.prompt_tokens, attention.prompt_tokens) + max_new_tokens,
-        lambda size: format_bytes(round(size)),
+        lambda size: format_bytes(round(size)).replace(".0 ", " "),
         summary("Memory now", (format_bytes(based.cache_bytes), format_bytes(attention.cache_bytes))),
     )
     speed = line_chart(

@@ -24,7 +24,7 @@ from .text_generator import MAX_SEED, Generator, Progress, Settings
 
 MODEL_VARIABLE, ATTENTION_VARIABLE = "GEOBASED_DEMO_MODEL", "GEOBASED_DEMO_ATTENTION_MODEL"
 MAX_NEW_TOKENS, COMPARED_TOKENS, CONTEXT_TOKENS = 512, 64, 4096
-# far above any tokenizer's characters for the longest context: ends absurd input before it is tokenized
+# of a field of the page: more than the longest context has with any usual tokenizer
 MAX_CHARACTERS = 200_000
 EXAMPLES = {
     "One fact": "The population of Lund is 94,393. Question: What is the population of Lund? Answer:",
