@@ -1,5 +1,7 @@
 """The text generation demo: the page's endpoint as a client sees it, the generator behind it, the command, the Space's files."""
 
+import asyncio
+import importlib.util
 import os
 import re
 import socket
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,12 +113,19 @@ def test_errors_are_messages(client, arguments, message):
         client.predict(**arguments, api_name="/generate")
 
 
-def test_one_named_endpoint_is_public(client):
+def test_three_named_endpoints_are_public(client):
     api = client.view_api(return_format="dict", print_info=False)
-    assert list(api["named_endpoints"]) == ["/generate"]
     assert api["unnamed_endpoints"] == {}
-    names = [parameter["parameter_name"] for parameter in api["named_endpoints"]["/generate"]["parameters"]]
-    assert names == ["prompt", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"]
+    names = {
+        endpoint: [parameter["parameter_name"] for parameter in description["parameters"]]
+        for endpoint, description in api["named_endpoints"].items()
+    }
+    assert names == {
+        "/generate": ["prompt", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"],
+        "/compare": ["prompt", "context_tokens", "max_new_tokens"],
+        "/answer": ["document", "question", "distances"],
+    }
+    assert all(endpoint["description"] for endpoint in api["named_endpoints"].values())
 
 
 def test_cancelled_job_stops_generating(client):
@@ -217,6 +227,8 @@ def test_command_serves_the_page(tiny_model_dir, tmp_path):
     ("arguments", "sentence"),
     [
         (["--model", "nowhere/to be found"], "error: there is no folder 'nowhere/to be found'"),
+        (["--attention-model", "./nowhere"], "error: there is no folder './nowhere'"),
+        (["--attention-model", "based-mini"], "error: based-mini is a BASED model: --attention-model takes another kind"),
         (["--port", "0"], "error: Invalid value for '--port'"),
     ],
 )
@@ -240,6 +252,44 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
     result = CliRunner().invoke(app, ["demo", "generation"])
     assert result.exit_code == 1
     assert result.stderr == 'error: this command needs gradio, which is not installed: pip install "geobased[demo]"\n'
+
+
+def test_endpoints_are_tools_of_mcp(tiny_model_dir):
+    pytest.importorskip("mcp")
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def asked(address: str) -> tuple[set[str], str]:
+        async with streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _), ClientSession(read, write) as session:
+            await session.initialize()
+            tools = {tool.name for tool in (await session.list_tools()).tools}
+            question = {"document": "the river runs", "question": "what runs?", "distances": False}
+            return tools, (await session.call_tool("answer", question)).content[0].text
+
+    page = generation.build_demo(str(tiny_model_dir))
+    try:
+        tools, text = asyncio.run(asked(launch(page, free_port(), mcp=True)))
+    finally:
+        page.close(verbose=False)
+    assert tools == {"generate", "compare", "answer"} and "filler_tokens" in text
+
+
+def test_mcp_without_its_extra_is_a_sentence(tiny_model_dir, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "mcp" else find_spec(name, *rest))
+    result = CliRunner().invoke(app, ["demo", "generation", "--model", str(tiny_model_dir), "--mcp"])
+    assert result.exit_code == 1
+    assert 'error: --mcp needs the package mcp, which is not installed: pip install "geobased[mcp]"' in result.stderr
+
+
+def test_nothing_is_lost_with_64_clients_at_once(client):
+    settings, reference = generation.Settings(max_new_tokens=3), generation.Generator.load("based-mini")
+    prompts = [f"The population of Lund is {10 + i},000. Question: What is the population of Lund? Answer:" for i in range(64)]
+    with ThreadPoolExecutor(64) as pool:
+        jobs = [pool.submit(client.predict, prompt, max_new_tokens=3, api_name="/generate") for prompt in prompts]
+        answers = [job.result(timeout=120)[0] for job in jobs]
+    assert answers == [list(reference.stream(prompt, settings))[-1].text for prompt in prompts]
+    assert len(set(answers)) > 1
 
 
 def test_header_of_the_space_is_valid():

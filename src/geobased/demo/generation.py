@@ -1,204 +1,57 @@
-"""A page on which a BASED model continues text, beside what its state costs.
+"""A page that tries out a BASED model: text as it grows, the model beside attention of equal size, and recall from a document.
 
 from geobased.demo.generation import main
 
 main()
 """
 
+import contextlib
 import os
-import secrets
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
-import torch
-import transformers
-
-import geobased
 from geobased.cli.errors import CommandError, explain
 from geobased.cli.generate import format_bytes
-from geobased.cli.sources import (
-    DEFAULT_MODEL,
-    load_model,
-    load_tokenizer,
-    parse_device,
-    quiet_transformers,
-    resolve_model,
-)
-from geobased.cli.streaming import TimedTextStreamer
+from geobased.cli.sources import DEFAULT_MODEL
 
+from .comparison import MAX_WRITTEN_TOKENS, READ_AT_ONCE, ComparedModel, Comparison
+from .comparison_view import UNTRAINED, comparison_view
+from .generation_style import STYLE
+from .recall_playground import DOCUMENTS, FILLER_TOKENS, MAX_QUESTION_CHARACTERS, Recall, RecallPlayground, recall_view
 from .serving import gr, on_gpu, serve
+from .text_generator import MAX_SEED, Generator, Progress, Settings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-MODEL_VARIABLE = "GEOBASED_DEMO_MODEL"
-UPDATE_SECONDS = 0.05
-MAX_NEW_TOKENS, MAX_SEED = 512, 2**31 - 1
-RECORDS = (
-    "Name: Guangzhou\nPopulation: 16,096,724\nClimate: dry-winter subtropical\nRegion: Guangdong\n\n"
-    "Name: Nanjing\nPopulation: 9,314,685\nClimate: humid subtropical\nRegion: Jiangsu Sheng\n\n"
-    "Name: Jeddah\nPopulation: 4,697,000\nClimate: hot desert\nRegion: Makkah\n\n"
-)
+MODEL_VARIABLE, ATTENTION_VARIABLE = "GEOBASED_DEMO_MODEL", "GEOBASED_DEMO_ATTENTION_MODEL"
+MAX_NEW_TOKENS, COMPARED_TOKENS, CONTEXT_TOKENS = 512, 64, 4096
+# of a field of the page: more than the longest context has with any usual tokenizer
+MAX_CHARACTERS = 200_000
 EXAMPLES = {
     "One fact": "The population of Lund is 94,393. Question: What is the population of Lund? Answer:",
     "Two facts": (
         "The climate of Jeddah is hot desert. The climate of Nanjing is humid subtropical."
         " Question: What is the climate of Jeddah? Answer:"
     ),
-    "Three records": RECORDS + "Question: What is the population of Nanjing? Answer:",
+    "Three records": f"{DOCUMENTS['Records'][0]}\n\nQuestion: What is the population of Nanjing? Answer:",
     "Free text": "Fellow citizens, the Congress of the United States",
 }
 SHIPPED_MODEL_NOTE = (
-    "This small model was trained to recall what stands in its context, and is often wrong: it recalls 29 % of the facts in the"
+    "This small model was trained to recall what stands in its context, and is often wrong: it recalls 29% of the facts in the"
     " test of its model card. With the default settings it answers the first two examples rightly and the third wrongly. It goes"
     " on writing after an answer, knows no geography, and writes poor free text."
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to generate. Temperature 0 takes the likeliest token; top-k 0 and top-p 1 draw from all; no seed means a new one."""
-
-    max_new_tokens: int = 32
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The continuation so far, and what was measured or computed about it.
-
-    Attributes:
-        text: the continuation.
-        prompt_tokens, new_tokens: lengths.
-        tokens_per_second: tokens after the first over the time since the first; None until there are two.
-        state_bytes: what this model keeps of the sequence, whatever its length.
-        attention_bytes_per_token: what attention of equal width and depth would keep of each token: computed, not run.
-        seed: of drawing; None if greedy.
-    """
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    tokens_per_second: float | None
-    state_bytes: int
-    attention_bytes_per_token: int
-    seed: int | None
-
-
-@dataclass
-class Generator:
-    """A BASED model with its tokenizer, for one text at a time."""
-
-    name: str
-    model: geobased.BasedForCausalLM
-    tokenizer: "PreTrainedTokenizerBase"
-    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
-
-    @classmethod
-    def load(cls, name: str) -> "Generator":
-        """The model of that name: a folder, a checkpoint that ships with geobased, or a Hub id."""
-        source = resolve_model(name)
-        tokenizer = load_tokenizer(name, source)
-        model = load_model(name, source, "auto", parse_device("auto"))
-        if not isinstance(model, geobased.BasedForCausalLM):
-            raise CommandError(f"{name} is of type {model.config.model_type}: this demo runs BASED models only")
-        return cls(name, model, tokenizer)
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        """The length of context that the model was made for."""
-        return self.model.config.max_position_embeddings
-
-    @property
-    def attention_bytes_per_token(self) -> int:
-        """Keys and values of one token in a transformer of the same width, depth and dtype, with as many key as query heads."""
-        config = self.model.config
-        return 2 * config.num_hidden_layers * config.hidden_size * self.model.dtype.itemsize
-
-    def encode(self, prompt: str) -> torch.Tensor:
-        """Token ids [1, seq_len]; `CommandError` if there are none or too many."""
-        if not prompt.strip():
-            raise CommandError("The prompt is empty: write some text first.")
-        ids = self.tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].long()
-        if ids.shape[1] > self.max_prompt_tokens:
-            raise CommandError(
-                f"The prompt is too long: it has {ids.shape[1]:,} tokens, and the model was made for {self.max_prompt_tokens:,}."
-            )
-        return ids.to(self.model.device)
-
-    def idle(self, timeout: float = 0) -> bool:
-        """Whether nothing is being generated, or stops being within `timeout` seconds."""
-        if free := self._one_at_a_time.acquire(timeout=timeout):
-            self._one_at_a_time.release()
-        return free
-
-    def stream(self, prompt: str, settings: Settings) -> Iterator[Progress]:
-        """The continuation as it grows. Closing the iterator ends the generation; its errors are raised here."""
-        ids = self.encode(prompt)
-        seed = None
-        if settings.temperature > 0:
-            seed = secrets.randbelow(MAX_SEED + 1) if settings.seed is None else settings.seed
-        streamer, stopped, errors = TimedTextStreamer(self.tokenizer, lambda piece: None), threading.Event(), []
-
-        def work() -> None:
-            try:
-                with self._one_at_a_time, quiet_transformers():
-                    if seed is not None:
-                        transformers.set_seed(seed)
-                    self.model.generate(ids, streamer=streamer, **self._arguments(ids, settings, stopped))
-            except Exception as error:
-                errors.append(error)
-
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        shown = 0
-        try:
-            while worker.is_alive():
-                worker.join(UPDATE_SECONDS)
-                # the last state has its own place below, so that it is shown once and whole
-                if worker.is_alive() and len(streamer.token_ids) > shown:
-                    shown = len(streamer.token_ids)
-                    yield self._progress(ids, streamer, seed)
-            if errors:
-                raise errors[0]
-            yield self._progress(ids, streamer, seed)
-        finally:
-            stopped.set()
-
-    def _arguments(self, ids: torch.Tensor, settings: Settings, stopped: threading.Event) -> dict[str, Any]:
-        def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
-
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        arguments = {
-            "attention_mask": torch.ones_like(ids),
-            "max_new_tokens": settings.max_new_tokens,
-            "repetition_penalty": settings.repetition_penalty,
-            "do_sample": settings.temperature > 0,
-            "pad_token_id": pad,
-            "stopping_criteria": transformers.StoppingCriteriaList([stop]),
-        }
-        if settings.temperature > 0:
-            arguments |= {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-        return arguments
-
-    def _progress(self, ids: torch.Tensor, streamer: TimedTextStreamer, seed: int | None) -> Progress:
-        count, elapsed = len(streamer.token_ids), streamer.last_at - streamer.first_at
-        return Progress(
-            text=streamer.text,
-            prompt_tokens=ids.shape[1],
-            new_tokens=count,
-            tokens_per_second=(count - 1) / elapsed if count > 1 and elapsed > 0 else None,
-            state_bytes=self.model.state_size_bytes(),
-            attention_bytes_per_token=self.attention_bytes_per_token,
-            seed=seed,
-        )
+SHIPPED_RECALL_NOTE = (
+    "**Often wrong.** In the test of its model card this small model recalls 54% of facts at up to 64 tokens between the fact"
+    " and the answer, and 15% at 512 to 1,024. It was trained on records of towns and on questions about them; other texts were"
+    " not tested. Of the examples it answers the first two rightly, the third with the value of another record, and the fourth"
+    " with a value that stands nowhere. An answer that stands in the document can still be the wrong one."
+)
+COMPARISON_NOTE = (
+    "Both read the same text and write the same number of tokens, greedily. They take turns and each has a clock of its own, so"
+    " neither slows the other; the one whose clock is behind goes next. Memory is that of the tensors in the cache, speed that of"
+    f" transformers on this machine; nothing is computed from a formula. The text is read {READ_AT_ONCE} tokens at a time, so"
+    " that reading can be watched and stopped; that costs attention some time to its first token."
+)
 
 
 def statistics(progress: Progress) -> str:
@@ -220,12 +73,80 @@ def statistics(progress: Progress) -> str:
     return "\n".join(rows)
 
 
-def build_demo(model_name: str = DEFAULT_MODEL) -> gr.Blocks:
-    """The page, with the model loaded; `CommandError` tells why a model cannot be."""
-    generator = Generator.load(model_name)
-    config, dtype = generator.model.config, str(generator.model.dtype).removeprefix("torch.")
+@contextlib.contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """What is raised within is shown on the page, or given to the client, as a sentence."""
+    try:
+        yield
+    except CommandError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except Exception as error:
+        raise gr.Error(explain(error)[0]) from error
 
-    @on_gpu
+
+def _buttons(start_label: str) -> tuple[gr.Button, gr.Button]:
+    with gr.Row():
+        return gr.Button(start_label, variant="primary"), gr.Button("Stop")
+
+
+def _examples(examples: Mapping[str, Sequence[str]], inputs: list[Any]) -> None:
+    gr.Examples(
+        [list(texts) for texts in examples.values()],
+        inputs,
+        example_labels=list(examples),
+        cache_examples=False,
+        api_visibility="private",
+    )
+
+
+def _run(function: Any, start: gr.Button, stop: gr.Button, submit: gr.Textbox, inputs: list[Any], outputs: list[Any]) -> None:
+    """Runs `function` by button or key, named after it for clients; one run at a time among all that are wired here."""
+    running = gr.on(
+        [start.click, submit.submit],
+        on_gpu(function),
+        inputs=inputs,
+        outputs=outputs,
+        api_name=function.__name__,
+        concurrency_limit=1,
+        concurrency_id="model",
+        show_progress="minimal",
+    )
+    stop.click(None, cancels=[running], api_visibility="private")
+
+
+def build_demo(model_name: str = DEFAULT_MODEL, attention_model: str | None = None) -> gr.Blocks:
+    """The page, with its models loaded; `CommandError` tells why one cannot be.
+
+    Args:
+        model_name: the BASED model.
+        attention_model: a folder or Hub id of another causal language model to compare it with; by default a Llama of equal
+            size with random weights.
+    """
+    generator = Generator.load(model_name)
+    compared = ComparedModel(generator.name, generator.model, generator.tokenizer)
+    comparison = Comparison(compared, attention_model, generator.lock)
+    config, dtype = generator.model.config, str(generator.model.dtype).removeprefix("torch.")
+    shipped = model_name == DEFAULT_MODEL
+    with gr.Blocks(title="Text generation with BASED", analytics_enabled=False) as demo:
+        gr.HTML(f"<style>{STYLE}</style>", padding=False)
+        gr.Markdown(
+            "# Text generation with BASED\n"
+            "BASED mixes gated convolutions, Taylor linear attention and sliding windows, so that generation keeps a state of"
+            " constant size, however long the text gets.\n\n"
+            f"Model: `{generator.name}`, {generator.model.num_parameters():,} parameters, {config.num_hidden_layers} layers,"
+            f" width {config.hidden_size}, on {generator.model.device.type} in {dtype}."
+        )
+        with gr.Tabs():
+            with gr.Tab("Generate"):
+                _generation_tab(generator, shipped)
+            with gr.Tab("Compare"):
+                _comparison_tab(comparison)
+            with gr.Tab("Recall"):
+                _recall_tab(RecallPlayground(compared, generator.lock), generator.max_prompt_tokens, shipped)
+    return demo
+
+
+def _generation_tab(generator: Generator, shipped: bool) -> None:
     def generate(
         prompt: str,
         max_new_tokens: int,
@@ -235,74 +156,190 @@ def build_demo(model_name: str = DEFAULT_MODEL) -> gr.Blocks:
         repetition_penalty: float,
         seed: int | None,
     ) -> Iterator[tuple[str, str]]:
-        """Continue a prompt; yields the continuation so far and a table of statistics."""
+        """Continue a prompt with a BASED model; yields the continuation so far and a Markdown table of statistics.
+
+        Args:
+            prompt: text to continue, at most as long as the context that the model was trained on.
+            max_new_tokens: most tokens to write.
+            temperature: 0 takes the likeliest token; higher values draw more freely.
+            top_k: draw from this many likeliest tokens; 0 draws from all.
+            top_p: draw from the likeliest tokens that share this probability.
+            repetition_penalty: above 1, tokens that have occurred get less likely.
+            seed: of drawing; empty means a new one.
+        """
         settings = Settings(int(max_new_tokens), temperature, int(top_k), top_p, repetition_penalty, seed)
-        try:
+        with _errors_as_messages():
             for progress in generator.stream(prompt, settings):
                 yield progress.text, statistics(progress)
-        except CommandError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except Exception as error:
-            raise gr.Error(explain(error)[0]) from error
 
     defaults = Settings()
-    with gr.Blocks(title="Text generation with BASED", analytics_enabled=False) as demo:
-        gr.Markdown(
-            "# Text generation with BASED\n"
-            "BASED mixes gated convolutions, Taylor linear attention and sliding windows, so that generation keeps a state of"
-            " constant size, however long the text gets.\n\n"
-            f"Model: `{generator.name}`, {generator.model.num_parameters():,} parameters, {config.num_hidden_layers} layers,"
-            f" width {config.hidden_size}, on {generator.model.device.type} in {dtype}."
-        )
-        if model_name == DEFAULT_MODEL:
-            gr.Markdown(SHIPPED_MODEL_NOTE)
-        prompt = gr.Textbox(EXAMPLES["One fact"], label="Prompt", info="Shift and Enter generate.", lines=4, max_lines=16)
-        with gr.Row():
-            start = gr.Button("Generate", variant="primary")
-            stop = gr.Button("Stop")
-        completion = gr.Textbox(label="Continuation", lines=6, max_lines=20, interactive=False)
-        table = gr.Markdown(label="Statistics")
-        with gr.Accordion("Settings", open=False):
-            with gr.Row():
-                max_new_tokens = gr.Slider(1, MAX_NEW_TOKENS, defaults.max_new_tokens, step=1, label="Most new tokens")
-                temperature = gr.Slider(
-                    0, 2, defaults.temperature, step=0.05, label="Temperature", info="0 takes the likeliest token."
-                )
-            with gr.Row():
-                top_k = gr.Slider(
-                    0, 200, defaults.top_k, step=1, label="Top-k", info="Draw from the k likeliest tokens; 0: from all."
-                )
-                top_p = gr.Slider(
-                    0.05, 1, defaults.top_p, step=0.01, label="Top-p", info="Draw from those that share this probability."
-                )
-            with gr.Row():
-                repetition_penalty = gr.Slider(
-                    1, 2, defaults.repetition_penalty, step=0.05, label="Repetition penalty", info="1 changes nothing."
-                )
-                seed = gr.Number(0, label="Seed", info="Of drawing; empty: a new one.", precision=0, minimum=0, maximum=MAX_SEED)
+    if shipped:
+        gr.Markdown(SHIPPED_MODEL_NOTE)
+    with gr.Row():
+        with gr.Column(scale=3, min_width=300):
+            prompt = gr.Textbox(
+                EXAMPLES["One fact"],
+                label="Prompt",
+                info="Shift and Enter generate.",
+                lines=4,
+                max_lines=12,
+                max_length=MAX_CHARACTERS,
+            )
+            _examples({name: [text] for name, text in EXAMPLES.items()}, [prompt])
+            start, stop = _buttons("Generate")
+            completion = gr.Textbox(label="Continuation", lines=7, max_lines=20, interactive=False)
+            table = gr.Markdown(label="Statistics", container=False)
+        with gr.Column(scale=2, min_width=260):
+            max_new_tokens = gr.Slider(
+                1, MAX_NEW_TOKENS, defaults.max_new_tokens, step=1, label="Most new tokens", info="The text can end before."
+            )
+            temperature = gr.Slider(
+                0,
+                2,
+                defaults.temperature,
+                step=0.05,
+                label="Temperature",
+                info="0 takes the likeliest token each time; above, tokens are drawn, the more freely the higher.",
+            )
+            top_k = gr.Slider(
+                0, 200, defaults.top_k, step=1, label="Top-k", info="Draw from the k likeliest tokens; 0: from all."
+            )
+            top_p = gr.Slider(
+                0.05,
+                1,
+                defaults.top_p,
+                step=0.01,
+                label="Top-p",
+                info="Draw from the likeliest tokens that together have this probability; 1: from all.",
+            )
+            repetition_penalty = gr.Slider(
+                1,
+                2,
+                defaults.repetition_penalty,
+                step=0.05,
+                label="Repetition penalty",
+                info="Above 1, tokens that have occurred get less likely. It hinders recall, which repeats.",
+            )
+            seed = gr.Number(
+                0,
+                label="Seed",
+                info="The same one repeats a text; empty: a new one each time.",
+                precision=0,
+                minimum=0,
+                maximum=MAX_SEED,
+            )
             gr.Markdown("Top-k, top-p and the seed count where the temperature is above 0.")
-        gr.Examples(
-            [[text] for text in EXAMPLES.values()],
-            prompt,
-            example_labels=list(EXAMPLES),
-            cache_examples=False,
-            api_visibility="private",
-        )
-        running = gr.on(
-            [start.click, prompt.submit],
-            generate,
-            inputs=[prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed],
-            outputs=[completion, table],
-            api_name="generate",
-            concurrency_limit=1,
-        )
-        stop.click(None, cancels=[running], api_visibility="private")
-    return demo
+    inputs = [prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed]
+    _run(generate, start, stop, prompt, inputs, [completion, table])
 
 
-def main(model_name: str | None = None, port: int | None = None, share: bool = False) -> None:
-    """Serves the page until interrupted; the model is the one named here, or in `GEOBASED_DEMO_MODEL`, or based-mini."""
+def _comparison_tab(comparison: Comparison) -> None:
+    based, longest = comparison.based, comparison.max_context_tokens
+    trained_tokens = based.model.config.max_position_embeddings
+
+    def compare(prompt: str, context_tokens: int, max_new_tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Run a BASED model and an attention model of equal size on the same text and measure their memory and speed.
+
+        Yields a view as HTML, and the measurements of both models so far: bytes of the cache, seconds to the first token, tokens
+        per second, and how they went.
+
+        Args:
+            prompt: text to read and to continue.
+            context_tokens: tokens of the text; filler before the prompt fills it up to this length, 0 adds none.
+            max_new_tokens: tokens that both write.
+        """
+        with _errors_as_messages():
+            for pair in comparison.stream(prompt, int(context_tokens), int(max_new_tokens)):
+                report = {kind: asdict(model) for kind, model in zip(("based", "attention"), pair, strict=True)}
+                yield comparison_view(*pair, int(max_new_tokens), trained_tokens), report
+
+    gr.Markdown(COMPARISON_NOTE)
+    if comparison.attention_model is None:
+        gr.Markdown(
+            f"The attention model is a Llama of the same width and depth. {UNTRAINED} `--attention-model` takes a trained one."
+        )
+    else:
+        gr.Markdown(f"The attention model is `{comparison.attention_model}`, as it was given when this page was started.")
+    prompt = gr.Textbox(
+        EXAMPLES["One fact"],
+        label="Text to read and continue",
+        info="Shift and Enter compare.",
+        lines=2,
+        max_lines=8,
+        max_length=MAX_CHARACTERS,
+    )
+    with gr.Row():
+        context = gr.Slider(
+            0,
+            longest,
+            min(CONTEXT_TOKENS, longest),
+            step=1 if longest < 256 else 256,
+            label="Context, tokens",
+            info=f"Filler before the text makes it this long; 0: none. The model was trained on {trained_tokens:,}.",
+            min_width=280,
+        )
+        written = gr.Slider(
+            2,
+            MAX_WRITTEN_TOKENS,
+            COMPARED_TOKENS,
+            step=1,
+            label="Tokens to write",
+            info="Both models write as many.",
+            min_width=280,
+        )
+    start, stop = _buttons("Compare")
+    view = gr.HTML(label="Comparison", padding=False, apply_default_css=False)
+    with gr.Accordion("Measurements as JSON", open=False):
+        report = gr.JSON(label="Measurements", show_label=False)
+    _run(compare, start, stop, prompt, [prompt, context, written], [view, report])
+
+
+def _recall_tab(playground: RecallPlayground, trained_tokens: int, shipped: bool) -> None:
+    def answer(document: str, question: str, distances: bool) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+        """Answer a question from a document with a BASED model. It is often wrong: check where the answer stands.
+
+        Yields the answer, a view as HTML, and for each length of filler between document and question the answer, the
+        probability that the model gave to its tokens (not that it is right), and the characters of the document that equal it.
+
+        Args:
+            document: text that holds the fact.
+            question: what to look for in it.
+            distances: whether to ask again with filler of several lengths between the document and the question.
+        """
+        with _errors_as_messages():
+            recalls: list[Recall] = []
+            for recall in playground.answers(document, question, FILLER_TOKENS if distances else FILLER_TOKENS[:1]):
+                recalls.append(recall)
+                view = recall_view(document, recalls, trained_tokens, shipped)
+                yield recalls[0].answer, view, [asdict(recall) for recall in recalls]
+
+    if shipped:
+        gr.Markdown(SHIPPED_RECALL_NOTE)
+    first_document, first_question = DOCUMENTS["Statements"]
+    document = gr.Textbox(first_document, label="Document", lines=6, max_lines=16, max_length=MAX_CHARACTERS)
+    question = gr.Textbox(first_question, label="Question", info="Enter asks.", max_lines=1, max_length=MAX_QUESTION_CHARACTERS)
+    distances = gr.Checkbox(
+        False,
+        label="Compare distances",
+        info=f"Ask again with filler of up to {FILLER_TOKENS[-1]} tokens between the document and the question.",
+    )
+    _examples(DOCUMENTS, [document, question])
+    start, stop = _buttons("Ask")
+    text = gr.Textbox(label="Answer", interactive=False)
+    view = gr.HTML(label="Where it stands", padding=False, apply_default_css=False)
+    with gr.Accordion("Answers as JSON", open=False):
+        report = gr.JSON(label="Answers", show_label=False)
+    _run(answer, start, stop, question, [document, question, distances], [text, view, report])
+
+
+def main(model_name: str | None = None, port: int | None = None, share: bool = False, attention_model: str | None = None) -> None:
+    """Serves the page until interrupted; what is not given is read from `GEOBASED_DEMO_MODEL` (or is based-mini) and
+    `GEOBASED_DEMO_ATTENTION_MODEL` (or is an untrained model of equal size)."""
     try:
-        serve(build_demo(model_name or os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL), port, share)
+        page = build_demo(
+            model_name or os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL,
+            attention_model or os.environ.get(ATTENTION_VARIABLE) or None,
+        )
+        serve(page, port, share)
     except CommandError as error:
         raise SystemExit(f"error: {error}") from error

@@ -1,6 +1,8 @@
 """What every demo shares: how it is served, and a GPU of Hugging Face's where it runs on one."""
 
 import importlib
+import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -47,7 +49,7 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None) -> str:
+def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None, mcp: bool = False) -> str:
     """Starts to serve a page in the background and returns its address.
 
     Args:
@@ -55,7 +57,12 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
         port: of the address; if not given, that in `GRADIO_SERVER_PORT` or the first free one from 7860 on.
         share: open a public address too, which leads through Gradio's servers, and return that.
         script: JavaScript that the page runs when it opens.
+        mcp: offer the page's endpoints as tools of the Model Context Protocol too.
+
+    Raises `CommandError` if the port is taken, or if `mcp` is asked for without its package.
     """
+    if mcp and importlib.util.find_spec("mcp") is None:
+        raise CommandError('--mcp needs the package mcp, which is not installed: pip install "geobased[mcp]"', FAILURE)
     demo.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
     try:
         _, local, public = demo.launch(
@@ -70,6 +77,7 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
             css=CSS,
             head=None if script is None else f"<script>{script}</script>",
             footer_links=["api", "settings"],
+            mcp_server=mcp,
         )
     except OSError as error:
         if "Cannot find empty port" not in str(error):
@@ -79,10 +87,13 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
     return public or local
 
 
-def serve(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None) -> None:
+def serve(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None, mcp: bool = False) -> None:
     """Serves a page, prints its address, and ends when the program is interrupted."""
     try:
-        print(launch(demo, port, share, script), flush=True)
+        address = launch(demo, port, share, script, mcp)
+        print(address, flush=True)
+        if mcp:
+            print(f"MCP server: {address.rstrip('/')}/gradio_api/mcp/", file=sys.stderr)
         while True:
             time.sleep(1)
     finally:
