@@ -46,7 +46,7 @@ docs:  ## check the links of all Markdown files
 	$(PYTHON) scripts/check_links.py
 
 site: packages  ## build the documentation's pages into site/; they open without a network
-	NO_MKDOCS_2_WARNING=true $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=true $(PYTHON) -m mkdocs build --strict
 
 wheel:  ## build dist/*.whl and dist/*.tar.gz
 	rm -rf build dist

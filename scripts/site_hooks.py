@@ -1,8 +1,8 @@
 """What `mkdocs build` does beyond its plugins (mkdocs.yml names this file under `hooks`).
 
-Pages that stand elsewhere in the repository (the README's guide, the changelog, the cards of models) get a place in the site, links
-out of docs/ lead to them or to a copy of the file, the API reference is laid out from the packages' `__all__`, and formulas become
-MathML, which browsers draw without a script.
+Pages that stand elsewhere in the repository (the README's guide, the changelog, the cards of models) get a place in the site, and
+links out of docs/ lead to them or to a copy of the file. The API reference is laid out from the packages' `__all__`. Formulas
+become MathML, which browsers draw without a script.
 """
 
 import ast
@@ -19,16 +19,14 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "build" / "packages" / "geobased"
+CARDS = ("based-mini", "earthclip-mini", "earthclip-mini-clip")
 # file of the repository -> page of the site
 PAGES = {
     "README.md": "based.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "kernels/CARD.md": "model_cards/kernels.md",
-    **{
-        f"checkpoints/{path.parent.name}/README.md": f"model_cards/{path.parent.name}.md"
-        for path in ROOT.glob("checkpoints/*/README.md")
-    },
+    **{f"checkpoints/{name}/README.md": f"model_cards/{name}.md" for name in CARDS},
 }
 # the README's sections on BASED models, from the first of these headings up to the second
 GUIDE_TITLE, GUIDE_FIRST, GUIDE_END = "# BASED models", "## Load a model", "## More"
@@ -43,6 +41,10 @@ REFERENCE = (
     "recall",
     "model_cards",
 )
+# where the other modules are machinery of the models
+MODULES = {"modeling_based": ("convert_official_checkpoint", "export")}
+# of kernels' modules, as their package has it
+PRIVATE_SUFFIXES = ("_triton", "_launch", "_configs")
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^(?:```|~~~).*?^(?:```|~~~) *$", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -135,11 +137,9 @@ def outside_fences(text: str, change: Any) -> str:
 
 
 def public_names(path: Path) -> list[str]:
-    """`__all__` of a module, which is not imported; empty if it has none."""
+    """`__all__` of a module, which is not imported; empty if it has none, or (kernels: all its modules) computes it."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets
-        ):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" and isinstance(node.value, ast.List):
             return list(ast.literal_eval(node.value))
     return []
 
@@ -171,25 +171,26 @@ def reference_pages() -> dict[str, str]:
                 "",
             ]
         ),
-        "reference/geobased.md": "\n".join(["# geobased", "", *directive("geobased", own, introduced=True)]),
+        "reference/geobased.md": "\n".join(["# geobased", "", *directive("geobased", own)]),
     }
     for name in REFERENCE:
         folder = PACKAGES / name
         lines = [f"# geobased.{name}", ""]
-        modules = {path.stem: public_names(path) for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+        files = [path for path in sorted(folder.glob("[a-z]*.py")) if not path.stem.endswith(PRIVATE_SUFFIXES)]
+        modules = {path.stem: public_names(path) for path in files if path.stem in MODULES.get(name, (path.stem,))}
         # a package's `__all__` names objects, or modules where it is a collection of them
         top = [item for item in public_names(folder / "__init__.py") if item not in modules]
-        lines += directive(f"geobased.{name}", top, introduced=True)
+        lines += directive(f"geobased.{name}", top)
         for module, names in modules.items():
             rest = [item for item in names if item not in top]
             if rest:
-                lines += [f"## {module}", "", *directive(f"geobased.{name}.{module}", rest, introduced=True)]
+                lines += [f"## {module}", "", *directive(f"geobased.{name}.{module}", rest)]
         pages[f"reference/{name}.md"] = "\n".join(lines)
     return pages
 
 
-def directive(module: str, names: list[str], *, introduced: bool) -> list[str]:
+def directive(module: str, names: list[str]) -> list[str]:
     """mkdocstrings' block for a module's names, under the module's own docstring."""
-    options = [f"::: {module}", "    options:", "      show_root_heading: false", "      show_root_toc_entry: false"]
-    options += [f"      members: [{', '.join(names)}]" if names else "      members: false", "      heading_level: 3", ""]
-    return options
+    members = f"[{', '.join(names)}]" if names else "false"
+    options = ("show_root_heading: false", "show_root_toc_entry: false", f"members: {members}", "heading_level: 3")
+    return [f"::: {module}", "    options:", *(f"      {option}" for option in options), ""]

@@ -1,8 +1,8 @@
 """Runs the code blocks of a Markdown page as a reader would: in order, in one folder.
 
 Python blocks share one namespace, bash blocks run in a shell with `geobased` on its path. A block `text title="Output"` is what
-the block before it prints, `...` standing for anything; `text title="Output, for example"` is not compared, and a code block whose
-title begins with "Needs" (the network, a GPU) is not run.
+the block before it prints, `...` standing for anything; `text title="Output, for example"` is not compared, and a code block
+whose title begins with "Needs" (the network, a GPU) is not run.
 """
 
 import contextlib
