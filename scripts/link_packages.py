@@ -24,15 +24,26 @@ def package_folders() -> dict[str, Path]:
 
 
 def main() -> None:
-    shutil.rmtree(TARGET, ignore_errors=True)
-    folders = set(package_folders().values())
-    for name, folder in package_folders().items():
-        package = TARGET.joinpath(*name.split("."))
-        package.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.iterdir()):
+    folders = package_folders()
+    packages = {name: TARGET.joinpath(*name.split(".")) for name in folders}
+    links: dict[Path, str] = {}
+    for name, package in packages.items():
+        for path in sorted(folders[name].iterdir()):
             # data too, so that PYTHONPATH=build/packages runs this tree; packages are linked by their own line of the table
-            if path.name != "__pycache__" and path not in folders:
-                (package / path.name).symlink_to(os.path.relpath(path, package))
+            if path.name != "__pycache__" and path not in folders.values():
+                links[package / path.name] = os.path.relpath(path, package)
+    # only what differs changes: another process may be importing from the tree
+    for folder, below, files in os.walk(TARGET, topdown=False):
+        for path in (Path(folder, name) for name in (*below, *files)):
+            if path.is_symlink() and links.get(path) != os.readlink(path):
+                path.unlink()
+            elif not path.is_symlink() and path not in packages.values() and path.name != "__pycache__":
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+    for package in packages.values():
+        package.mkdir(parents=True, exist_ok=True)
+    for path, target in links.items():
+        if not path.is_symlink():
+            path.symlink_to(target)
 
 
 if __name__ == "__main__":
