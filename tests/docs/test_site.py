@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,27 @@ def test_every_public_name_is_in_the_reference_and_documented(site, package):
         if inspect.isclass(value) or inspect.isfunction(value):
             # a class inherits its base's docstring, which says nothing about it
             assert value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__, f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("package", ["geography", "kernels", "recall", "training"])
+def test_names_of_a_packages_modules_are_in_the_reference(site, package):
+    page = (site / "reference" / f"{package}.html").read_text(encoding="utf-8")
+    found = 0
+    for name, module in public_modules(package):
+        for item in module.__all__:
+            assert f'id="{name}.{item}"' in page, f"{name}.{item}"
+            found += 1
+    assert found > 20
+
+
+def public_modules(package):
+    folder = Path(importlib.import_module(f"geobased.{package}").__file__).parent
+    for path in sorted(folder.glob("[a-z]*.py")):
+        if not path.stem.endswith(("_triton", "_launch", "_configs")):
+            name = f"geobased.{package}.{path.stem}"
+            module = importlib.import_module(name)
+            if hasattr(module, "__all__"):
+                yield name, module
 
 
 def test_overview_of_the_reference_links_to_every_name(site):
