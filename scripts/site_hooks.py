@@ -144,6 +144,16 @@ def public_names(path: Path) -> list[str]:
     return []
 
 
+def module_names(package: str, path: Path) -> list[str]:
+    """What the reference has of a module: its `__all__`; of kernels' modules, few of which have one, what has a docstring."""
+    names = public_names(path)
+    if names or package != "kernels":
+        return names
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    defined = (node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"))
+    return [node.name for node in defined if ast.get_docstring(node)]
+
+
 def summary(path: Path) -> str:
     """First paragraph of a module's docstring, on one line."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -177,7 +187,7 @@ def reference_pages() -> dict[str, str]:
         folder = PACKAGES / name
         lines = [f"# geobased.{name}", ""]
         files = [path for path in sorted(folder.glob("[a-z]*.py")) if not path.stem.endswith(PRIVATE_SUFFIXES)]
-        modules = {path.stem: public_names(path) for path in files if path.stem in MODULES.get(name, (path.stem,))}
+        modules = {path.stem: module_names(name, path) for path in files if path.stem in MODULES.get(name, (path.stem,))}
         # a package's `__all__` names objects, or modules where it is a collection of them
         top = [item for item in public_names(folder / "__init__.py") if item not in modules]
         lines += directive(f"geobased.{name}", top)
