@@ -9,8 +9,8 @@ import ast
 import html
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -127,7 +127,7 @@ def outside_targets(text: str, source: str) -> list[str]:
     return sorted(path for path in found if path is not None and not path.startswith("docs/") and path not in PAGES)
 
 
-def outside_fences(text: str, change: Any) -> str:
+def outside_fences(text: str, change: Callable[[str], str]) -> str:
     """`text` with what stands outside of code blocks changed."""
     parts, end = [], 0
     for fence in FENCE.finditer(text):
