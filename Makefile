@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports twins format test test-gpu bench docs sync-twins wheel hub-kernel clean packages
+.PHONY: help check lint types imports twins format test test-gpu bench docs site sync-twins wheel hub-kernel clean packages
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench:  ## run every benchmark on this GPU and write benchmarks/results/<gpu>/; 
 
 docs:  ## check the links of all Markdown files
 	$(PYTHON) scripts/check_links.py
+
+site: packages  ## build the documentation's pages into site/; they open without a network
+	NO_MKDOCS_2_WARNING=true $(PYTHON) -m mkdocs build --strict
 
 wheel:  ## build dist/*.whl and dist/*.tar.gz
 	rm -rf build dist

@@ -3,42 +3,14 @@
 import shutil
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from geobased.model_cards import card_from_template
+
 from .modeling_based import BasedForCausalLM
 from .whole_folder import refuse_existing, whole_folder
-
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- based
-- linear-attention
-- sliding-window-attention
-- geobased
----
-
-# {name}
-
-A BASED language model (Arora et al. 2024, [arXiv:2402.18668](https://arxiv.org/abs/2402.18668)) with {parameters:,} parameters:
-{num_layers} layers ({mixers}), hidden size {hidden_size}, feature dimension {feature_dim}, sliding window {window}.
-Generation keeps {state:,} bytes per sequence in {dtype}, however long the sequence gets.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
-
-With geobased installed (`import geobased`) `trust_remote_code` is not needed and the model runs on Triton kernels on a GPU;
-without it, the plain PyTorch code in this folder runs.
-Data, training and intended use of the weights are not recorded here: add them before publishing.
-"""
 
 
 def export_model(model: str | Path | BasedForCausalLM, destination: str | Path, *, overwrite: bool = False) -> Path:
@@ -93,19 +65,19 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
 
 
 def _new_card(model: BasedForCausalLM, name: str) -> str:
-    config = model.config
-    counts = {kind: config.mixers.count(kind) for kind in dict.fromkeys(config.mixers)}
-    return CARD.format(
-        name=name,
+    tags = ["based", "linear-attention", "sliding-window-attention", "geobased"]
+    card = card_from_template(
+        "based",
+        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags),
+        model_name=name,
+        repo_id=name,
+        config=model.config.to_dict(),
         parameters=model.num_parameters(),
-        num_layers=config.num_hidden_layers,
-        mixers=", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items()),
-        hidden_size=config.hidden_size,
-        feature_dim=config.feature_dim,
-        window=config.sliding_window,
-        state=model.state_size_bytes(),
+        state_bytes=model.state_size_bytes(),
         dtype=str(model.dtype).removeprefix("torch."),
+        remote_code=True,
     )
+    return str(card)
 
 
 __all__ = ["export_model"]

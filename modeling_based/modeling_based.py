@@ -76,6 +76,8 @@ AUTO_MAP = {
 
 
 class BasedPreTrainedModel(PreTrainedModel):
+    """What BASED models share: configuration, initialisation, attention implementations and the size of the generation state."""
+
     config: BasedConfig
     config_class = BasedConfig
     base_model_prefix = "model"

@@ -55,6 +55,8 @@ class PigeonOutput(ModelOutput):
 
 
 class PigeonPreTrainedModel(PreTrainedModel):
+    """What PIGEON models share: configuration, initialisation, loading and saving."""
+
     config: PigeonConfig
     config_class = PigeonConfig
     base_model_prefix = "vision_tower"

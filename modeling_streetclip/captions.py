@@ -146,8 +146,9 @@ def make_captions(
 def in_country(country: str) -> str:
     """The country's name as it follows "in": with "the" where English has it.
 
-    >>> in_country("Netherlands"), in_country("The Gambia"), in_country("Japan"), in_country("United States Of America")
-    ('the Netherlands', 'the Gambia', 'Japan', 'the United States')
+    Example:
+        >>> in_country("Netherlands"), in_country("The Gambia"), in_country("Japan"), in_country("United States Of America")
+        ('the Netherlands', 'the Gambia', 'Japan', 'the United States')
     """
     name = " ".join(country.split())
     if name.casefold() == "united states of america":
@@ -160,8 +161,9 @@ def in_country(country: str) -> str:
 def compass_direction(heading: float) -> str:
     """The nearest of the four directions to heading in degrees; halves belong to the lower one, as 45 to the north.
 
-    >>> [compass_direction(degrees) for degrees in (45, 46, 180, 270, -10)]
-    ['north', 'east', 'south', 'west', 'north']
+    Example:
+        >>> [compass_direction(degrees) for degrees in (45, 46, 180, 270, -10)]
+        ['north', 'east', 'south', 'west', 'north']
     """
     turned = heading % 360
     return next((name for name, last in (("north", 45), ("east", 135), ("south", 225), ("west", 315)) if turned <= last), "north")

@@ -7,6 +7,7 @@ files instead of importing modules (mypy, import-linter) cannot follow that tabl
 """
 
 import configparser
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -24,13 +25,28 @@ def package_folders() -> dict[str, Path]:
 
 
 def main() -> None:
-    shutil.rmtree(TARGET, ignore_errors=True)
-    for name, folder in package_folders().items():
-        package = TARGET.joinpath(*name.split("."))
+    folders = package_folders()
+    packages = {name: TARGET.joinpath(*name.split(".")) for name in folders}
+    links: dict[Path, str] = {}
+    for name, package in packages.items():
+        for path in sorted(folders[name].iterdir()):
+            # data too, so that PYTHONPATH=build/packages runs this tree; packages are linked by their own line of the table
+            if path.name != "__pycache__" and path not in folders.values():
+                links[package / path.name] = os.path.relpath(path, package)
+    # only what differs changes: another process may be importing from the tree, or laying it out as well
+    for folder, below, files in os.walk(TARGET, topdown=False):
+        if "__pycache__" in Path(folder).parts:
+            continue
+        for path in (Path(folder, name) for name in (*below, *files) if name != "__pycache__"):
+            if path.is_symlink() and links.get(path) != os.readlink(path):
+                path.unlink(missing_ok=True)
+            elif not path.is_symlink() and path not in packages.values():
+                path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    for package in packages.values():
         package.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and (path.suffix == ".py" or path.name == "py.typed"):
-                (package / path.name).symlink_to(os.path.relpath(path, package))
+    for path, target in links.items():
+        with contextlib.suppress(FileExistsError):
+            path.symlink_to(target)
 
 
 if __name__ == "__main__":

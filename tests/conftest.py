@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ if not torch.cuda.is_available():
     # read when triton is imported, which torch._dynamo does in tests that run before those of the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ("the river runs past the town and the town looks at the river",) * 3
 
 
@@ -150,3 +153,17 @@ def one_gazetteer(gazetteer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geolocalization_answers, "Gazetteer", lambda: gazetteer)
         yield gazetteer
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the documentation's pages, built without a warning; seconds."""
+    for module in ("mkdocs", "mkdocstrings", "latex2mathml"):
+        pytest.importorskip(module)
+    folder = tmp_path_factory.mktemp("site")
+    subprocess.run([sys.executable, ROOT / "scripts" / "link_packages.py"], check=True)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "true"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder

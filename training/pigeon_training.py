@@ -241,10 +241,17 @@ def train(
     )
     if trainer.is_world_process_zero():
         about = (
-            f"A PIGEON of {len(geocells):,} geocells, started from {arguments.model},"
+            f"A PIGEON of {len(geocells):,} geocells, trained by `geobased train pigeon` from {arguments.model},"
             f" with {final.config.num_prototypes or 'no'} prototypes for refinement."
         )
-        card = model_card(title=folder.name, about=about, command="pigeon", task="image-classification", log=log)
+        card = model_card(
+            title=folder.name,
+            about=about,
+            task="image-classification",
+            config=final.config.to_dict(),
+            log=log,
+            evaluation=None if evaluation is None else result.to_dict(),
+        )
         save_model_folder(final, [image_processor], folder / FINAL_FOLDER, arguments.save_dtype, card)
         write_json(folder / LOG_FILE, log)
         plot_curve(trainer.state.log_history, folder / PLOT_FILE)

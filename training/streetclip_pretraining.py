@@ -339,9 +339,13 @@ def train(
         metrics={name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))},
     )
     if trainer.is_world_process_zero():
-        about = f"A CLIP trained on images and captions of their places, started from {arguments.model or 'random weights'}."
-        card = model_card(title=folder.name, about=about, command="streetclip", task="zero-shot-image-classification", log=log)
+        about = (
+            "A CLIP trained on images and captions of their places by `geobased train streetclip`, from"
+            f" {arguments.model or 'random weights'}."
+        )
         final = trainer.accelerator.unwrap_model(trainer.model)
+        task = "zero-shot-image-classification"
+        card = model_card(title=folder.name, about=about, task=task, config=final.config.to_dict(), log=log)
         save_model_folder(final, [tokenizer, image_processor], folder / FINAL_FOLDER, arguments.save_dtype, card)
         write_json(folder / LOG_FILE, log)
         plot_curve(trainer.state.log_history, folder / PLOT_FILE)

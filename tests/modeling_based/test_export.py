@@ -65,6 +65,8 @@ def test_card_and_files(exported):
     assert "library_name: transformers" in header and "pipeline_tag: text-generation" in header
     model = BasedForCausalLM.from_pretrained(exported)
     assert f"{model.num_parameters():,} parameters" in card and f"{model.state_size_bytes():,} bytes" in card
+    # the tokenizer reads the configuration, whose code it would otherwise ask about
+    assert card.count('from_pretrained("') == card.count(", trust_remote_code=True)") == 2
 
 
 @pytest.mark.parametrize("model_class", [BasedModel, BasedForCausalLM, BasedForSequenceClassification])
