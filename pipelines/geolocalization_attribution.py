@@ -65,7 +65,7 @@ def attribute(pipe: "ImageGeolocalizationPipeline", image: Any, method: Method =
     Args:
         pipe: with a model of any kind that it serves.
         image: one that the pipeline takes.
-        method: "occlusion" covers squares of a quarter of the edge; "integrated_gradients" follows the gradient from a grey image.
+        method: "occlusion" covers squares of a quarter of the edge; "integrated_gradients" follows gradients from a grey image.
 
     Raises:
         ValueError: an unknown method, and images that cannot be read.

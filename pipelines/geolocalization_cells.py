@@ -118,9 +118,7 @@ def _half_plane(ring: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarr
     """The part of a convex ring [points, 2] where normal @ point + offset >= 0."""
     values = ring @ normal + offset
     kept: list[np.ndarray] = []
-    for point, value, following, next_value in zip(
-        ring, values, np.roll(ring, -1, axis=0), np.roll(values, -1), strict=True
-    ):
+    for point, value, following, next_value in zip(ring, values, np.roll(ring, -1, axis=0), np.roll(values, -1), strict=True):
         if value >= 0:
             kept.append(point)
         if (value >= 0) != (next_value >= 0):

@@ -27,13 +27,17 @@ THUMBNAIL_PIXELS = 360
 EARTH_KM_PER_DEGREE = 111.195
 # a circle of a quarter of the way around is a hemisphere, and larger ones say nothing
 MAX_CIRCLE_KM = 9_900.0
+# beside each other: what crosses the date line goes on
+LAND_COPIES = "".join(f'<use href="#land" x="{shift}"/>' for shift in (-360, 0, 360))
 COLORS = ("#d1242f", "#bc4c00", "#9a6700", "#57606a", "#8c959f")
 # of a page of its own
 PAGE_STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#222;background:#fff;max-width:66rem;margin:2rem auto;padding:0 1rem}
 @media (prefers-color-scheme:dark){body{color:#ddd;background:#14181d}}
 """
-DARK = "--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#b3b9c0;--cell:#b78cff;--truth:#3fb950;--unsure:#b3b9c0;--card:#1b2129"
+DARK = (
+    "--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#b3b9c0;--cell:#b78cff;--truth:#3fb950;--unsure:#b3b9c0;--card:#1b2129"
+)
 # of the maps, wherever they are: nothing outside .places changes (copies of the land know no ancestors), and what a page says of
 # all its tables does not hold in it
 STYLE = """
@@ -43,11 +47,12 @@ STYLE = """
 .places section{display:flex;flex-wrap:wrap;gap:1rem 1.5rem;align-items:flex-start;border-top:1px solid var(--line);
 padding:1.25rem 0}
 .places section>div{flex:1 1 22rem;min-width:0}
+.places li{font-size:inherit}
 .places h2{font-size:1.05rem;margin:0 0 .5rem;overflow-wrap:anywhere}
 .places table{display:block;overflow-x:auto;margin:.75rem 0 0;border:0!important;border-collapse:collapse;
 font-variant-numeric:tabular-nums}
 .places tr,.places th,.places td{border:0!important}
-.places th,.places td{padding:.3rem .6rem!important;text-align:right;white-space:nowrap!important}
+.places th,.places td{padding:.3rem .5rem!important;text-align:right;white-space:nowrap!important}
 .places th:first-child,.places td:first-child{padding-left:0!important}
 .places th{font-size:.85em;color:var(--quiet);font-weight:600}
 .places tr{border-bottom:1px solid var(--line)!important}
@@ -73,8 +78,8 @@ color:inherit;font:600 1rem/1 system-ui,sans-serif;cursor:pointer}
 .places footer{font-size:.85em}
 .places .abstains{border-left:4px solid var(--unsure);padding:.35rem .75rem;margin:.75rem 0 0;font-weight:600}
 """.replace("DARK", DARK)
-# maps are zoomed by their buttons, the wheel, two clicks or + and -, moved by dragging or arrows, and whole again by 0. It listens to the page,
-# so that maps which come later are served as well.
+# maps are zoomed by their buttons, the wheel, two clicks or + and -, moved by dragging or arrows, and whole again by 0. It listens
+# to the page, so that maps which come later are served as well.
 ZOOM_SCRIPT = """
 (() => {
   const mapOf = event => event.target.closest && event.target.closest('.places svg[viewBox]');
@@ -279,8 +284,8 @@ def map_fragment(images: Sequence[LocatedImage], max_sections: int = MAX_SECTION
         _world(located) if located else "",
         *(_section(image) for image in located[:max_sections]),
     ]
-    if len(located) > max_sections:
-        parts.append(f'<p class="note">{len(located) - max_sections:,} more images are on the map of the world alone.</p>\n')
+    if len(located) > max_sections > 0:
+        parts.append(f'<p class="note">On the map of the world alone: {len(located) - max_sections:,} more.</p>\n')
     if failed:
         rows = "".join(f"<li>{escape(image.name)}: {escape(image.error or 'no place')}</li>" for image in failed)
         parts.append(f"<h2>Not located</h2><ul>{rows}</ul>\n")
@@ -297,7 +302,7 @@ def land_fragment() -> str:
     land = "".join(f"M{_path(ring)}Z" for ring in country_outlines())
     return (
         '<svg style="position:absolute;width:0;height:0;border:0" aria-hidden="true"><defs>'
-        f'<path id="land" class="places-land" d="{land}"/></defs></svg>\n'
+        f'<path id="land" class="places-land" d="{land}"/><clipPath id="land-shape"><use href="#land"/></clipPath></defs></svg>\n'
     )
 
 
@@ -321,8 +326,11 @@ def _map(view: str, label: str, content: str, caption: str = "") -> str:
 
 def _world(located: Sequence[LocatedImage]) -> str:
     # of many images they would hide each other
-    shaded = "".join(f'<g transform="translate({shift} 0)">{_cells(located[0])}{_circle(located[0])}</g>' for shift in (-360, 0, 360))
-    parts = [shaded] if len(located) == 1 else []
+    parts = []
+    if len(located) == 1:
+        circle = _circle(located[0])
+        circles = "".join(f'<g transform="translate({shift} 0)">{circle}</g>' for shift in (-360, 0, 360)) if circle else ""
+        parts.append(_cells(located[0], -180, 180) + circles)
     truths = False
     for image in located:
         best = image.predictions[0]
@@ -335,8 +343,8 @@ def _world(located: Sequence[LocatedImage]) -> str:
             parts.append(_gap(image, best["longitude"], 1.0))
             parts.append(_truth(image, image.truth[1], 2.2))
         parts.append(
-            f'<circle class="place{" unsure" if unsure else ""}" cx="{best["longitude"]:.3f}" cy="{-best["latitude"]:.3f}" r="1.6"'
-            f' fill="{COLORS[0]}"><title>{escape(title)}</title></circle>'
+            f'<circle class="place{" unsure" if unsure else ""}" cx="{best["longitude"]:.3f}" cy="{-best["latitude"]:.3f}"'
+            f' r="1.6" fill="{COLORS[0]}"><title>{escape(title)}</title></circle>'
         )
     told = ["Filled: the best place of an image."]
     if any(map(_abstains, located)):
@@ -354,7 +362,7 @@ def _section(image: LocatedImage) -> str:
         picture = f'<img alt="{escape(image.name)}" src="data:image/jpeg;base64,{data}">'
     rows = "".join(
         f"<tr><td>{rank}</td><td>{escape(place_title(place))}</td><td>{place['score']:.1%}</td>"
-        f"<td>{place['latitude']:.3f}, {place['longitude']:.3f}</td><td>{place['error_radius_km']:,.0f} km</td></tr>"
+        f"<td>{place['latitude']:.2f}, {place['longitude']:.2f}</td><td>{place['error_radius_km']:,.0f} km</td></tr>"
         for rank, place in enumerate(image.predictions, 1)
     )
     note = ""
@@ -373,18 +381,31 @@ def _abstains(image: LocatedImage) -> bool:
     return bool(image.predictions[0].get("abstain"))
 
 
-def _cells(image: LocatedImage) -> str:
-    """Geocells, the likeliest opaque, in degrees."""
+def _cells(image: LocatedImage, west: float, east: float) -> str:
+    """Geocells between two longitudes, the likeliest opaque, in degrees, where there is land: cells are parts of it."""
     if not image.cells:
         return ""
     highest = max(area.probability for area in image.cells)
-    return "".join(
-        # small probabilities would not be seen beside large ones
-        f'<path class="cell" fill-opacity="{0.08 + 0.62 * (area.probability / highest) ** 0.5:.2f}"'
-        f' d="{"".join(f"M{_path(ring)}Z" for ring in area.rings)}">'
-        f"<title>geocell {area.geocell}: {area.probability:.1%}</title></path>"
-        for area in image.cells
-    )
+    parts = []
+    # browsers cut by one copy of the land well, and by several at once not at all: each copy has a group of its own
+    for turn in (-360, 0, 360):
+        low, high = max(west, turn - 180), min(east, turn + 180)
+        for area in image.cells:
+            outlines = [
+                f"M{_path(ring + (shift - turn, 0))}Z"
+                for ring in area.rings
+                for shift in (-360, 0, 360)
+                if ring[:, 0].max() + shift > low and ring[:, 0].min() + shift < high
+            ]
+            if outlines and low < high:
+                # small probabilities would not be seen beside large ones
+                opacity = 0.08 + 0.62 * (area.probability / highest) ** 0.5
+                parts.append(
+                    f'<g transform="translate({turn} 0)" clip-path="url(#land-shape)"><path class="cell"'
+                    f' fill-opacity="{opacity:.2f}" d="{"".join(outlines)}"><title>geocell {area.geocell}:'
+                    f" {area.probability:.1%}</title></path></g>"
+                )
+    return "".join(parts)
 
 
 def _circle(image: LocatedImage) -> str:
@@ -426,9 +447,7 @@ def _close_up(image: LocatedImage) -> str:
         return narrow * (longitude + (degrees - longitude + 180) % 360 - 180)
 
     left, width = narrow * longitude - 1.4 * reach, 2.8 * reach
-    copies = "".join(f'<use href="#land" x="{shift}"/>' for shift in (-360, 0, 360))
-    # a cell's own longitudes may lie on the other side of the date line
-    cells = "".join(f'<g transform="translate({shift} 0)">{_cells(image)}</g>' for shift in (-360, 0, 360))
+    cells = _cells(image, longitude - 1.4 * reach / narrow, longitude + 1.4 * reach / narrow)
     marks = [
         f'<circle class="place{" unsure" if _abstains(image) else ""}" cx="{x(place["longitude"]):.3f}"'
         f' cy="{-place["latitude"]:.3f}" r="{reach / 40 * (1.4 if rank == 0 else 1):.3f}"'
@@ -436,7 +455,7 @@ def _close_up(image: LocatedImage) -> str:
         f"<title>{rank + 1}. {escape(place_title(place))}, {place['score']:.1%}</title></circle>"
         for rank, place in reversed(list(enumerate(image.predictions)))
     ]
-    told = []
+    told = ["Large dot: the best place, small dots: the next ones." if len(image.predictions) > 1 else "Dot: the best place."]
     if image.cells:
         outlines = "" if image.exact_cells else ", drawn as what is nearest to its centre"
         told.append(f"Shaded: geocells{outlines}, the darkest with a probability of {image.cells[0].probability:.1%}.")
@@ -445,7 +464,7 @@ def _close_up(image: LocatedImage) -> str:
     if image.truth is not None:
         told.append("Green ring: the true place.")
         marks.insert(0, _gap(image, x(longitude), float(narrow)) + _truth(image, x(image.truth[1]), reach / 40 * 2))
-    content = f'<g transform="scale({narrow:.4f} 1)">{copies}{cells}{_circle(image)}</g>{"".join(marks)}'
+    content = f'<g transform="scale({narrow:.4f} 1)">{LAND_COPIES}{cells}{_circle(image)}</g>{"".join(marks)}'
     view = f"{left:.3f} {-latitude - reach:.3f} {width:.3f} {2 * reach:.3f}"
     return _map(view, f"map around {place_title(best)}", content, " ".join(told))
 

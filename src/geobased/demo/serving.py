@@ -1,6 +1,7 @@
 """What every demo shares: how it is served, and a GPU of Hugging Face's where it runs on one."""
 
 import importlib
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ except ModuleNotFoundError as error:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 MOST_WAITING, MAX_FILE_SIZE = 256, "20mb"
+# of all endpoints that run a model: one works at a time, whatever it is
+MODEL_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 .gradio-container table td, .gradio-container table th {
@@ -47,7 +50,15 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None) -> str:
+def launch(
+    demo: gr.Blocks,
+    port: int | None = None,
+    share: bool = False,
+    script: str | None = None,
+    *,
+    max_file_size: str = MAX_FILE_SIZE,
+    mcp: bool = False,
+) -> str:
     """Starts to serve a page in the background and returns its address.
 
     Args:
@@ -55,7 +66,13 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
         port: of the address; if not given, that in `GRADIO_SERVER_PORT` or the first free one from 7860 on.
         share: open a public address too, which leads through Gradio's servers, and return that.
         script: JavaScript that the page runs when it opens.
+        max_file_size: of an upload; what is larger is refused with a message.
+        mcp: offer the page's endpoints as tools too (Model Context Protocol).
+
+    Raises `CommandError` for a taken port, and for mcp where its extra is not installed.
     """
+    if mcp and importlib.util.find_spec("mcp") is None:
+        raise CommandError('--mcp needs mcp, which is not installed: pip install "geobased[demo,mcp]"', FAILURE)
     demo.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
     try:
         _, local, public = demo.launch(
@@ -64,7 +81,8 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
-            max_file_size=MAX_FILE_SIZE,
+            max_file_size=max_file_size,
+            mcp_server=mcp,
             ssr_mode=False,  # would start Node where that is installed
             theme=_theme(),
             css=CSS,
@@ -79,10 +97,10 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
     return public or local
 
 
-def serve(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None) -> None:
-    """Serves a page, prints its address, and ends when the program is interrupted."""
+def serve(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None, **options: Any) -> None:
+    """Serves a page, prints its address, and ends when the program is interrupted. Arguments as `launch`."""
     try:
-        print(launch(demo, port, share, script), flush=True)
+        print(launch(demo, port, share, script, **options), flush=True)
         while True:
             time.sleep(1)
     finally:

@@ -1,0 +1,139 @@
+"""What becomes of uploads: metadata goes, archives are unpacked within limits, and errors are sentences."""
+
+import contextlib
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from geobased.cli.errors import CommandError, explain
+from geobased.modeling_streetclip.image_decoding import UnreadableImageError, decode_picture
+
+from .serving import gr
+
+# of the tab that shows each image, and of those for many
+MAX_IMAGES, MAX_BATCH = 20, 256
+MAX_IMAGE_BYTES, MAX_UNPACKED_BYTES = 20_000_000, 500_000_000
+UPLOAD_LIMIT = "100mb"  # of one file: an archive is one
+LIMITS = f"at most {MAX_BATCH} images, each of at most {MAX_IMAGE_BYTES // 1_000_000} MB; a zip of at most {UPLOAD_LIMIT[:-2]} MB"
+PLAIN = "pixels-"
+ZIP_ENDING = ".zip"
+
+
+@contextlib.contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """Within this context whatever is raised becomes a message on the page."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except CommandError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except Exception as error:
+        raise gr.Error(explain(error)[0]) from error
+
+
+def without_metadata(files: Sequence[str] | None) -> list[str]:
+    """Upright copies of images that hold nothing but pixels; the originals are deleted. What is no image stays as it is."""
+    copies = []
+    for file in files or []:
+        path = Path(file)
+        try:
+            if path.parent.name.startswith(PLAIN) or path.suffix.lower() == ZIP_ENDING or path.stat().st_size > MAX_IMAGE_BYTES:
+                copies.append(file)
+                continue
+            picture = decode_picture(path)
+        except UnreadableImageError:
+            copies.append(file)
+            continue
+        folder = Path(tempfile.mkdtemp(prefix=PLAIN, dir=path.parent))
+        # lossless: the model sees the pixels of the file
+        copy = folder / f"{path.stem}.png"
+        picture.save(copy)
+        path.unlink(missing_ok=True)
+        copies.append(str(copy))
+    return copies
+
+
+def unpacked(files: Sequence[str] | None) -> list[str]:
+    """Files with archives replaced by what they hold, without folders and hidden files; an archive is deleted.
+
+    Raises `CommandError` for archives that cannot be read, hold more than `MAX_BATCH` files, or unpack to too much.
+    """
+    found: list[str] = []
+    for file in files or []:
+        path = Path(file)
+        if path.suffix.lower() == ZIP_ENDING:
+            found += _unpack(path)
+            path.unlink(missing_ok=True)
+        else:
+            found.append(file)
+    return found
+
+
+def _unpack(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir() and not _hidden(member.filename)]
+            if len(members) > MAX_BATCH:
+                raise CommandError(f"{path.name} holds {len(members):,} files: at most {MAX_BATCH:,} at a time")
+            left, files = MAX_UNPACKED_BYTES, []
+            for member in members:
+                # the archive's own word on sizes is not to be trusted
+                with archive.open(member) as source:
+                    data = source.read(min(MAX_IMAGE_BYTES + 1, left + 1))
+                left -= len(data)
+                if left < 0:
+                    raise CommandError(f"{path.name} unpacks to more than {MAX_UNPACKED_BYTES // 1_000_000:,} MB: split it")
+                # a folder of its own: names in different folders may be equal
+                target = Path(tempfile.mkdtemp(prefix="zip-", dir=path.parent)) / PurePosixPath(member.filename).name
+                target.write_bytes(data)
+                files.append(str(target))
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise CommandError(f"{path.name} is no zip archive that can be read: {error}") from error
+    if not files:
+        raise CommandError(f"{path.name} holds no files")
+    return files
+
+
+def _hidden(name: str) -> bool:
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return not parts or any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def checked(files: Sequence[str] | None, most: int, hint: str = "") -> list[str]:
+    """The files. Raises `CommandError` for none, and for more than `most`."""
+    if not files:
+        raise CommandError("there are no images: choose some first")
+    if len(files) > most:
+        raise CommandError(f"{len(files):,} images are too many: at most {most:,} at a time{hint}")
+    return list(files)
+
+
+def too_large(file: str) -> str | None:
+    """Why a file is not opened, if it is too large."""
+    size = os.stat(file).st_size
+    if size <= MAX_IMAGE_BYTES:
+        return None
+    return f"{Path(file).name} is larger than {MAX_IMAGE_BYTES // 1_000_000} MB: scale it down first"
+
+
+def shown_name(file: str) -> str:
+    """What a file is called on the page."""
+    return Path(file).stem if Path(file).suffix == ".png" else Path(file).name
+
+
+__all__ = [
+    "LIMITS",
+    "MAX_BATCH",
+    "MAX_IMAGES",
+    "UPLOAD_LIMIT",
+    "checked",
+    "errors_as_messages",
+    "shown_name",
+    "too_large",
+    "unpacked",
+    "without_metadata",
+]
