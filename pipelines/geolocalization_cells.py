@@ -52,6 +52,7 @@ class CellAreas:
         if self.centroids.shape != (len(self.radii_km), 2):
             raise ValueError(f"centroids must be [{len(self.radii_km)}, 2], as many as radii, not {self.centroids.shape}")
         self._vectors = unit_vectors(*self.centroids.T)
+        self._rings: dict[int, tuple[np.ndarray, ...]] = {}
 
     @classmethod
     def of(cls, pipe: "ImageGeolocalizationPipeline") -> "CellAreas | None":
@@ -83,9 +84,16 @@ class CellAreas:
         return tuple(CellArea(cell["geocell"], cell["probability"], self.rings(cell["geocell"])) for cell in shown)
 
     def rings(self, cell: int) -> tuple[np.ndarray, ...]:
-        """Outlines of a cell."""
+        """Outlines of a cell; no ring has less than three points."""
+        if cell not in self._rings:
+            self._rings[cell] = self._outlines(cell)
+        return self._rings[cell]
+
+    def _outlines(self, cell: int) -> tuple[np.ndarray, ...]:
         if self._polygons is None:
-            return (self._nearest_area(cell),)
+            ring = self._nearest_area(cell)
+            # centroids at one place leave nothing between them
+            return (ring,) if len(ring) > 2 else ()
         import shapely
 
         parts = shapely.get_parts(self._polygons[cell])
@@ -105,8 +113,6 @@ class CellAreas:
             away = centre - other
             # x east + y north + centre is on this side where its product with `away` is not negative
             ring = _half_plane(ring, np.array([east @ away, north @ away]), centre @ away)
-            if not len(ring):
-                break
         places = centre + ring[:, :1] * east + ring[:, 1:] * north
         lat, lng = from_unit_vectors(places)
         # around the centroid, also across the date line
@@ -117,6 +123,8 @@ class CellAreas:
 def _half_plane(ring: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarray:
     """The part of a convex ring [points, 2] where normal @ point + offset >= 0."""
     values = ring @ normal + offset
+    if (values >= 0).all():
+        return ring
     kept: list[np.ndarray] = []
     for point, value, following, next_value in zip(ring, values, np.roll(ring, -1, axis=0), np.roll(values, -1), strict=True):
         if value >= 0:

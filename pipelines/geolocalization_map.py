@@ -49,8 +49,8 @@ padding:1.25rem 0}
 .places section>div{flex:1 1 22rem;min-width:0}
 .places li{font-size:inherit}
 .places h2{font-size:1.05rem;margin:0 0 .5rem;overflow-wrap:anywhere}
-.places table{display:block;overflow-x:auto;margin:.75rem 0 0;border:0!important;border-collapse:collapse;
-font-variant-numeric:tabular-nums}
+.places table{display:block;overflow-x:auto;margin:.75rem 0 0!important;padding:0!important;border:0!important;
+border-collapse:collapse;font-variant-numeric:tabular-nums}
 .places tr,.places th,.places td{border:0!important}
 .places th,.places td{padding:.3rem .5rem!important;text-align:right;white-space:nowrap!important}
 .places th:first-child,.places td:first-child{padding-left:0!important}
@@ -78,8 +78,8 @@ color:inherit;font:600 1rem/1 system-ui,sans-serif;cursor:pointer}
 .places footer{font-size:.85em}
 .places .abstains{border-left:4px solid var(--unsure);padding:.35rem .75rem;margin:.75rem 0 0;font-weight:600}
 """.replace("DARK", DARK)
-# maps are zoomed by their buttons, the wheel, two clicks or + and -, moved by dragging or arrows, and whole again by 0. It listens
-# to the page, so that maps which come later are served as well.
+# maps are zoomed by their buttons, the wheel, two clicks or + and -, moved by dragging or arrows, and whole again by 0. It
+# listens to the page, so that maps which come later are served as well.
 ZOOM_SCRIPT = """
 (() => {
   const mapOf = event => event.target.closest && event.target.closest('.places svg[viewBox]');

@@ -6,6 +6,7 @@ main()
 """
 
 import os
+import threading
 from collections.abc import Sequence
 
 from geobased.cli.errors import CommandError
@@ -40,7 +41,8 @@ def build_demo(model_names: str | Sequence[str] = DEFAULT_GEOLOCALIZER) -> gr.Bl
     models = Models([model_names] if isinstance(model_names, str) else model_names)
     pipe = models.pipe(models.first)
     with gr.Blocks(title="Where was this taken?", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
-        gr.HTML(f"<style>{STYLE}{PAGE_CSS}</style>{land_fragment()}", padding=False, elem_classes="hidden-parts")
+        gr.HTML(f"<style>{STYLE}{PAGE_CSS}</style>", padding=False, elem_classes="hidden-parts")
+        land = gr.HTML(padding=False, elem_classes="hidden-parts")
         gr.Markdown(
             "# Where was this taken?\n"
             f"Model: `{models.first}`, {pipe.model.num_parameters():,} parameters, on {pipe.model.device.type}."
@@ -60,6 +62,9 @@ def build_demo(model_names: str | Sequence[str] = DEFAULT_GEOLOCALIZER) -> gr.Bl
             with gr.Tab("Evaluate"):
                 evaluate_tab(models)
         earth.select(opened, api_visibility="private")
+        # all maps of the page refer to it; it takes seconds to make, and no map is asked for before
+        demo.load(land_fragment, None, land, api_visibility="private", show_progress="hidden")
+    threading.Thread(target=land_fragment, daemon=True).start()
     return demo
 
 

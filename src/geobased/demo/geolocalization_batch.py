@@ -8,7 +8,7 @@ from geobased.pipelines.geolocalization_map import map_fragment
 from .geolocalization_locate import EMPTY, PROGRESS, counted
 from .geolocalization_models import Models
 from .geolocalization_results import answer_table, as_report, country_tree, located, save_answers, summary
-from .geolocalization_uploads import LIMITS, MAX_BATCH, checked, errors_as_messages, unpacked, without_metadata
+from .geolocalization_uploads import LIMITS, MAX_BATCH, checked, errors_as_messages, unpacked, without_archives
 from .serving import MODEL_QUEUE, gr, on_gpu
 
 
@@ -41,7 +41,7 @@ def batch_tab(models: Models) -> None:
 
     def cleaned(files: list[str] | None) -> list[str]:
         with errors_as_messages():
-            return without_metadata(unpacked(files))
+            return without_archives(files)
 
     gr.Markdown(f"Limits: {LIMITS}.", elem_classes="hint")
     with gr.Row(equal_height=False):

@@ -22,10 +22,9 @@ from .geolocalization_uploads import (
     MAX_BATCH,
     checked,
     errors_as_messages,
-    shown_name,
     too_large,
     unpacked,
-    without_metadata,
+    without_archives,
 )
 from .serving import MODEL_QUEUE, gr, on_gpu
 
@@ -67,7 +66,7 @@ def evaluate_tab(models: Models) -> None:
             found = evaluate_images(models.pipe(models.first), listed)
             progress(0.9, desc="writing the report")
             # names in place of the server's paths
-            named = {path: shown_name(path) for path in listed.images}
+            named = {path: Path(path).name for path in listed.images}
             left_out = {
                 named[path]: reason.replace(str(Path(path).parent) + "/", "") for path, reason in found.left_out.items()
             } | missing
@@ -84,7 +83,7 @@ def evaluate_tab(models: Models) -> None:
 
     def cleaned(files: list[str] | None) -> list[str]:
         with errors_as_messages():
-            return without_metadata(unpacked(files))
+            return without_archives(files)
 
     gr.Markdown(HOW)
     with gr.Row(equal_height=False):
@@ -133,7 +132,7 @@ def matched(listed: ImageList, files: list[str]) -> tuple[ImageList, dict[str, s
 
 def _key(path: str) -> str:
     """What a name and the name that it has after upload have in common: only letters, digits and few signs survive it."""
-    return "".join(sign for sign in PurePosixPath(path.replace("\\", "/")).stem if sign.isalnum() or sign in "._-")
+    return "".join(sign for sign in PurePosixPath(path.replace("\\", "/")).name if sign.isalnum() or sign in "._-")
 
 
 def sentence(found: ModelEvaluation) -> str:

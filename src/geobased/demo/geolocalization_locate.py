@@ -20,7 +20,7 @@ from geobased.pipelines.geolocalization_map import map_fragment
 
 from .geolocalization_models import Models
 from .geolocalization_results import as_report, country_tree, located, save_answers, summary
-from .geolocalization_uploads import MAX_IMAGES, checked, errors_as_messages, shown_name, too_large, without_metadata
+from .geolocalization_uploads import MAX_IMAGES, checked, errors_as_messages, too_large, without_metadata
 from .serving import MODEL_QUEUE, gr, on_gpu
 
 PROGRESS = gr.Progress()
@@ -82,10 +82,10 @@ def locate_tab(models: Models) -> None:
             if reason := too_large(file):
                 raise CommandError(reason)
             attribution = attribute(models.pipe(models.first), file, method)  # type: ignore[arg-type]
-            return heat_fragment(shown_name(file), attribution, *draw_attribution(file, attribution))
+            return heat_fragment(Path(file).name, attribution, *draw_attribution(file, attribution))
 
     def choices(files: list[str] | None) -> Any:
-        named = [(shown_name(file), number) for number, file in enumerate(files or [])]
+        named = [(Path(file).name, number) for number, file in enumerate(files or [])]
         return gr.update(choices=named, value=0 if named else None)
 
     def chosen_file(files: list[str] | None, number: int | None) -> str | None:

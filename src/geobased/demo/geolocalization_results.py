@@ -16,7 +16,7 @@ from geobased.pipelines.geolocalization_cells import MAX_CELLS
 from geobased.pipelines.geolocalization_map import LocatedImage, save_map, thumbnail
 
 from .geolocalization_models import Models
-from .geolocalization_uploads import MAX_IMAGES, shown_name, too_large
+from .geolocalization_uploads import MAX_IMAGES, too_large
 
 BATCH_SIZE = 16
 COLUMNS = ("image", "rank", "latitude", "longitude", "score", "error_radius_km", "abstain", "country", "region", "city", "error")
@@ -41,13 +41,13 @@ def located(
             answer = {"error": refused[file]} if file in refused else next(answers)
             if isinstance(answer, dict):
                 # without the server's path
-                images.append(LocatedImage(shown_name(file), error=answer["error"].replace(str(Path(file).parent) + os.sep, "")))
+                images.append(LocatedImage(Path(file).name, error=answer["error"].replace(str(Path(file).parent) + os.sep, "")))
                 continue
             cells = answer[0].pop("cells", [])
             shaded = areas is not None and len(images) < MAX_IMAGES
             images.append(
                 LocatedImage(
-                    shown_name(file),
+                    Path(file).name,
                     answer,
                     thumbnail=thumbnail(file) if len(images) < MAX_IMAGES else None,
                     cells=areas.areas(cells) if areas is not None and shaded else (),

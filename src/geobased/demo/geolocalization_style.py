@@ -4,6 +4,7 @@ PAGE_CSS = """
 .gradio-container{max-width:72rem!important}
 .gradio-container h1{font-size:1.9rem;letter-spacing:-.01em;margin:.5rem 0 .25rem}
 .gradio-container .html-container{padding:0!important}
+.gradio-container .places{contain:inline-size}
 .hint{font-size:.88em;opacity:.8}
 .places.rows{max-height:26rem;overflow:auto;border:1px solid var(--line);border-radius:6px;padding:0 .75rem}
 .places.rows table{overflow:visible;margin:0;width:100%;display:table}
@@ -15,7 +16,9 @@ white-space:normal!important;overflow-wrap:anywhere}
 .places.tree li{font-size:1rem}
 @media (max-width:640px){.gradio-container .row{flex-wrap:wrap}.gradio-container .row>*{flex:1 1 100%!important}
 .gradio-container .row.keep>*{flex:1 1 0!important}.gradio-container .main{padding-inline:.75rem!important}
-.places figcaption{font-size:.9em}}
+.places table{font-size:.88em}
+.places th,.places td{padding-inline:.35rem!important;white-space:normal!important}
+.places th:nth-child(2),.places td:nth-child(2){min-width:5rem}}
 .notice{border-left:4px solid #bf8700;padding:.1rem .9rem!important;font-size:.92em}
 .status:empty,.status:not(:has(*)){display:none}
 .status{font-size:1.05em}

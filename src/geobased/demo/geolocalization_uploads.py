@@ -8,8 +8,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from PIL import Image
+
 from geobased.cli.errors import CommandError, explain
 from geobased.modeling_streetclip.image_decoding import UnreadableImageError, decode_picture
+from geobased.whole_file import whole_file
 
 from .serving import gr
 
@@ -18,7 +21,6 @@ MAX_IMAGES, MAX_BATCH = 20, 256
 MAX_IMAGE_BYTES, MAX_UNPACKED_BYTES = 20_000_000, 500_000_000
 UPLOAD_LIMIT = "100mb"  # of one file: an archive is one
 LIMITS = f"at most {MAX_BATCH} images, each of at most {MAX_IMAGE_BYTES // 1_000_000} MB; a zip of at most {UPLOAD_LIMIT[:-2]} MB"
-PLAIN = "pixels-"
 ZIP_ENDING = ".zip"
 
 
@@ -36,41 +38,56 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def without_metadata(files: Sequence[str] | None) -> list[str]:
-    """Upright copies of images that hold nothing but pixels; the originals are deleted. What is no image stays as it is."""
-    copies = []
+    """The files, of which images now hold nothing but upright pixels, as PNG whatever their names; the others are as they were.
+
+    They stay where they are: a visitor may have asked about them meanwhile.
+    """
     for file in files or []:
         path = Path(file)
-        try:
-            if path.parent.name.startswith(PLAIN) or path.suffix.lower() == ZIP_ENDING or path.stat().st_size > MAX_IMAGE_BYTES:
-                copies.append(file)
-                continue
-            picture = decode_picture(path)
-        except UnreadableImageError:
-            copies.append(file)
-            continue
-        folder = Path(tempfile.mkdtemp(prefix=PLAIN, dir=path.parent))
+        if path.suffix.lower() != ZIP_ENDING and too_large(file) is None and not _is_plain(path):
+            with contextlib.suppress(UnreadableImageError):
+                _write(path, decode_picture(path))
+    return list(files or [])
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether an image holds pixels alone already."""
+    try:
+        with Image.open(path) as picture:
+            return picture.format == "PNG" and picture.mode == "RGB" and not picture.info and not picture.getexif()
+    except Exception:  # Pillow's readers each raise their own types
+        return False
+
+
+def _write(path: Path, picture: Image.Image) -> None:
+    with whole_file(path) as temporary:
         # lossless: the model sees the pixels of the file
-        copy = folder / f"{path.stem}.png"
-        picture.save(copy)
-        path.unlink(missing_ok=True)
-        copies.append(str(copy))
-    return copies
+        picture.save(temporary, "PNG")
 
 
-def unpacked(files: Sequence[str] | None) -> list[str]:
-    """Files with archives replaced by what they hold, without folders and hidden files; an archive is deleted.
+def without_archives(files: Sequence[str] | None) -> list[str]:
+    """`without_metadata` of the files and of what archives among them hold, in place of the archives.
 
-    Raises `CommandError` for archives that cannot be read, hold more than `MAX_BATCH` files, or unpack to too much.
+    Raises `CommandError` as `unpacked`.
     """
     found: list[str] = []
     for file in files or []:
-        path = Path(file)
-        if path.suffix.lower() == ZIP_ENDING:
-            found += _unpack(path)
-            path.unlink(missing_ok=True)
-        else:
-            found.append(file)
+        members = without_metadata(unpacked([file]))
+        if members != [file]:
+            # no metadata is left in it either
+            with whole_file(Path(file)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                for number, member in enumerate(members):
+                    archive.write(member, f"{number}/{Path(member).name}")
+        found += members
     return found
+
+
+def unpacked(files: Sequence[str] | None) -> list[str]:
+    """Files with archives replaced by what they hold, without folders and hidden files.
+
+    Raises `CommandError` for archives that cannot be read, hold more than `MAX_BATCH` files, or unpack to too much.
+    """
+    return [found for file in files or [] for found in (_unpack(Path(file)) if file.lower().endswith(ZIP_ENDING) else [file])]
 
 
 def _unpack(path: Path) -> list[str]:
@@ -100,7 +117,7 @@ def _unpack(path: Path) -> list[str]:
 
 def _hidden(name: str) -> bool:
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    return not parts or any(part.startswith((".", "__MACOSX")) for part in parts)
+    return not parts or any(part.startswith((".", "__MACOSX")) and part != ".." for part in parts)
 
 
 def checked(files: Sequence[str] | None, most: int, hint: str = "") -> list[str]:
@@ -120,11 +137,6 @@ def too_large(file: str) -> str | None:
     return f"{Path(file).name} is larger than {MAX_IMAGE_BYTES // 1_000_000} MB: scale it down first"
 
 
-def shown_name(file: str) -> str:
-    """What a file is called on the page."""
-    return Path(file).stem if Path(file).suffix == ".png" else Path(file).name
-
-
 __all__ = [
     "LIMITS",
     "MAX_BATCH",
@@ -132,8 +144,8 @@ __all__ = [
     "UPLOAD_LIMIT",
     "checked",
     "errors_as_messages",
-    "shown_name",
     "too_large",
     "unpacked",
+    "without_archives",
     "without_metadata",
 ]
