@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from geobased.geography.coordinates import haversine_km
 from geobased.whole_file import whole_file
@@ -202,8 +203,8 @@ def country_outlines() -> list[np.ndarray]:
     return [shapely.get_coordinates(ring) for ring in rings]
 
 
-def thumbnail(image: str | os.PathLike[str]) -> bytes:
-    """A small JPEG of an image file's pixels alone. Raises `UnreadableImageError`."""
+def thumbnail(image: str | os.PathLike[str] | Image.Image) -> bytes:
+    """A small JPEG of an image's pixels alone. Raises `UnreadableImageError`."""
     from geobased.modeling_streetclip.image_decoding import decode_picture
 
     picture = decode_picture(image, jpeg_edge=THUMBNAIL_PIXELS)
@@ -386,26 +387,28 @@ def _cells(image: LocatedImage, west: float, east: float) -> str:
     if not image.cells:
         return ""
     highest = max(area.probability for area in image.cells)
-    parts = []
+    groups = []
     # browsers cut by one copy of the land well, and by several at once not at all: each copy has a group of its own
     for turn in (-360, 0, 360):
         low, high = max(west, turn - 180), min(east, turn + 180)
-        for area in image.cells:
+        paths = []
+        for area in image.cells if low < high else ():
             outlines = [
                 f"M{_path(ring + (shift - turn, 0))}Z"
                 for ring in area.rings
                 for shift in (-360, 0, 360)
                 if ring[:, 0].max() + shift > low and ring[:, 0].min() + shift < high
             ]
-            if outlines and low < high:
-                # small probabilities would not be seen beside large ones
-                opacity = 0.08 + 0.62 * (area.probability / highest) ** 0.5
-                parts.append(
-                    f'<g transform="translate({turn} 0)" clip-path="url(#land-shape)"><path class="cell"'
-                    f' fill-opacity="{opacity:.2f}" d="{"".join(outlines)}"><title>geocell {area.geocell}:'
-                    f" {area.probability:.1%}</title></path></g>"
+            # small probabilities would not be seen beside large ones
+            opacity = 0.08 + 0.62 * (area.probability / highest) ** 0.5
+            if outlines:
+                paths.append(
+                    f'<path class="cell" fill-opacity="{opacity:.2f}" d="{"".join(outlines)}">'
+                    f"<title>geocell {area.geocell}: {area.probability:.1%}</title></path>"
                 )
-    return "".join(parts)
+        if paths:
+            groups.append(f'<g transform="translate({turn} 0)" clip-path="url(#land-shape)">{"".join(paths)}</g>')
+    return "".join(groups)
 
 
 def _circle(image: LocatedImage) -> str:

@@ -74,7 +74,10 @@ def geolocalization(
     pip install "geobased[demo,geo]"; --mcp needs the extra mcp too.
     """
     from geobased.demo.geolocalization import build_demo, serve_demo
+    from geobased.demo.serving import check_mcp
 
+    if mcp:
+        check_mcp()
     page = build_demo(model or DEFAULT_GEOLOCALIZER)
     print("serving until Ctrl-C", file=sys.stderr)
     serve_demo(page, port, share, mcp)

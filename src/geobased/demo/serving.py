@@ -50,6 +50,12 @@ def _theme() -> gr.themes.Base:
     )
 
 
+def check_mcp() -> None:
+    """Raises `CommandError` where the package that offers endpoints as tools is not installed."""
+    if importlib.util.find_spec("mcp") is None:
+        raise CommandError('--mcp needs mcp, which is not installed: pip install "geobased[demo,mcp]"', FAILURE)
+
+
 def launch(
     demo: gr.Blocks,
     port: int | None = None,
@@ -71,8 +77,8 @@ def launch(
 
     Raises `CommandError` for a taken port, and for mcp where its extra is not installed.
     """
-    if mcp and importlib.util.find_spec("mcp") is None:
-        raise CommandError('--mcp needs mcp, which is not installed: pip install "geobased[demo,mcp]"', FAILURE)
+    if mcp:
+        check_mcp()
     demo.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
     try:
         _, local, public = demo.launch(
