@@ -181,6 +181,18 @@ def test_errors_are_messages(client):
             client.predict(*arguments, api_name=endpoint)
 
 
+def test_messages_do_not_tell_of_the_servers_folders(client, tmp_path):
+    listed, broken = tmp_path / "list.csv", tmp_path / "broken.png"
+    listed.write_text("image,lat\na.png,1\n", encoding="utf-8")
+    broken.write_bytes(b"no image")
+    for arguments, endpoint, words in (
+        ((uploads(listed)[0], uploads(EXAMPLE)), "/evaluate", "^list.csv has no column longitude"),
+        ((uploads(broken)[0], "occlusion"), "/heat_map", "^broken.png is no image that Pillow can read"),
+    ):
+        with pytest.raises(gradio_client.exceptions.AppError, match=words):
+            client.predict(*arguments, api_name=endpoint)
+
+
 def test_nothing_is_lost_with_64_clients_at_once(client):
     with ThreadPoolExecutor(64) as pool:
         jobs = [pool.submit(client.predict, uploads(EXAMPLE), 1, api_name="/locate") for _ in range(64)]
@@ -220,6 +232,9 @@ def test_archives_stay_in_their_folder_and_within_limits(tmp_path, monkeypatch):
     many = archive(tmp_path / "b.zip", {f"{n}.png": b"" for n in range(MAX_BATCH + 1)})
     with pytest.raises(CommandError, match="b.zip holds 257 files: at most 256 at a time"):
         unpacked([str(many)])
+    halves = [archive(tmp_path / f"{half}.zip", {f"{n}.png": b"" for n in range(200)}) for half in "ef"]
+    with pytest.raises(CommandError, match="400 files are too many: at most 256"):
+        unpacked([str(half) for half in halves])
     monkeypatch.setattr(geolocalization_uploads, "MAX_UNPACKED_BYTES", 1000)
     bomb = archive(tmp_path / "c.zip", {"zeros.png": bytes(5000)})
     with pytest.raises(CommandError, match="c.zip unpacks to more than"):

@@ -166,7 +166,7 @@ def evaluate_images(
     failed = {listed.images[i]: result["error"] for i, result in enumerate(results) if isinstance(result, dict)}
     kept = [row for row, result in enumerate(results) if not isinstance(result, dict)]
     if not kept:
-        raise CommandError(f"none of the {len(results)} listed images can be read: {results[0]['error']}")
+        raise CommandError(f"none of the {len(results)} images can be read: {results[0]['error']}")
     answers, listed = [results[row][0] for row in kept], listed.select(kept)
     best = replace(best, distance_km=best.distance_km[kept], nearest=best.nearest[kept])
     measured = _measure(pipe, listed, answers, best.nearest, bootstrap, seed)

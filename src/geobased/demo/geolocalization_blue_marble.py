@@ -3,9 +3,9 @@
 import base64
 import io
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -74,7 +74,7 @@ def crop_outline(latitude: float, longitude: float, degrees: float) -> np.ndarra
     return np.stack([longitude + (lng - longitude + 180) % 360 - 180, lat], axis=1)
 
 
-def blue_marble_tab(models: Models) -> Any:
+def blue_marble_tab(models: Models) -> Callable[[], None]:
     """Builds the tab; its endpoint is /locate_blue_marble. Returns what a page runs when the tab is opened."""
 
     @on_gpu
@@ -107,8 +107,8 @@ def blue_marble_tab(models: Models) -> Any:
             return told(image), map_fragment([image], with_land=False), _drawn(latitude, longitude, degrees)
 
     def picked(event: gr.EventData) -> tuple[float, float]:
-        latitude, longitude = event._data["latitude"], event._data["longitude"]
-        return round(float(np.clip(latitude, *LATITUDES)), 2), round(float(np.clip(longitude, -180, 180)), 2)
+        latitude, longitude = np.clip(event.latitude, *LATITUDES), np.clip(event.longitude, -180, 180)
+        return round(float(latitude), 2), round(float(longitude), 2)
 
     sizes = f"earthclip-mini knows squares of {DEGREES[0]:g} to {DEGREES[1]:g} degrees with at least a quarter of land."
     gr.Markdown(HOW.format(sizes))
@@ -126,8 +126,12 @@ def blue_marble_tab(models: Models) -> Any:
     clicked.then(locate_blue_marble, place, outputs, api_visibility="private", **MODEL_QUEUE)
     for number in place:
         number.submit(locate_blue_marble, place, outputs, api_visibility="private", **MODEL_QUEUE)
-    # reading the picture takes seconds: while a visitor looks for a place
-    return lambda: earth_image() and None
+
+    def preload() -> None:
+        """Reads the picture, which takes seconds, while a visitor looks for a place."""
+        earth_image()
+
+    return preload
 
 
 def told(image: LocatedImage) -> str:

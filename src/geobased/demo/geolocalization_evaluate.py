@@ -56,7 +56,7 @@ def evaluate_tab(models: Models) -> None:
             A sentence; the metrics with 95 % bootstrap intervals as an HTML table; a map of true and answered places as HTML, for
             the page that holds the countries' outlines; the paths of a report in HTML and one in JSON; and all numbers as JSON.
         """
-        with errors_as_messages():
+        with errors_as_messages(table):
             if table is None:
                 raise CommandError("there is no list: choose a CSV file first")
             progress(0, desc="reading the images")

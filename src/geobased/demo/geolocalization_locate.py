@@ -74,7 +74,7 @@ def locate_tab(models: Models) -> None:
         Returns:
             Two pictures with a legend of what they mean and do not mean, as HTML.
         """
-        with errors_as_messages():
+        with errors_as_messages(file):
             if not captum_is_installed():
                 raise CommandError(NO_CAPTUM.replace("`", ""))
             if file is None:

@@ -44,13 +44,13 @@ def located(
                 images.append(LocatedImage(Path(file).name, error=answer["error"].replace(str(Path(file).parent) + os.sep, "")))
                 continue
             cells = answer[0].pop("cells", [])
-            shaded = areas is not None and len(images) < MAX_IMAGES
+            pictured = len(images) < MAX_IMAGES
             images.append(
                 LocatedImage(
                     Path(file).name,
                     answer,
-                    thumbnail=thumbnail(file) if len(images) < MAX_IMAGES else None,
-                    cells=areas.areas(cells) if areas is not None and shaded else (),
+                    thumbnail=thumbnail(file) if pictured else None,
+                    cells=areas.areas(cells) if areas is not None and pictured else (),
                     exact_cells=areas is not None and areas.exact,
                 )
             )

@@ -25,16 +25,20 @@ ZIP_ENDING = ".zip"
 
 
 @contextlib.contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """Within this context whatever is raised becomes a message on the page."""
+def errors_as_messages(*files: str | None) -> Iterator[None]:
+    """Within this context whatever is raised becomes a message on the page, without the server's folders of these files."""
     try:
         yield
     except gr.Error:
         raise
-    except CommandError as error:
-        raise gr.Error(str(error), print_exception=False) from error
     except Exception as error:
-        raise gr.Error(explain(error)[0]) from error
+        sentence = explain(error)[0]
+        for file in files:
+            if file is not None:
+                sentence = sentence.replace(str(Path(file).parent) + os.sep, "")
+        # what is no mistake of the visitor's is of interest to who runs the server
+        expected = isinstance(error, CommandError | ValueError)
+        raise gr.Error(sentence, print_exception=not expected) from error
 
 
 def without_metadata(files: Sequence[str] | None) -> list[str]:
@@ -87,22 +91,34 @@ def unpacked(files: Sequence[str] | None) -> list[str]:
 
     Raises `CommandError` for archives that cannot be read, hold more than `MAX_BATCH` files, or unpack to too much.
     """
-    return [found for file in files or [] for found in (_unpack(Path(file)) if file.lower().endswith(ZIP_ENDING) else [file])]
+    found: list[str] = []
+    room = MAX_UNPACKED_BYTES
+    for file in files or []:
+        if not file.lower().endswith(ZIP_ENDING):
+            found.append(file)
+            continue
+        members = _unpack(Path(file), room)
+        room -= sum(os.stat(member).st_size for member in members)
+        found += members
+        if len(found) > MAX_BATCH:
+            raise CommandError(f"{len(found):,} files are too many: at most {MAX_BATCH:,} at a time")
+    return found
 
 
-def _unpack(path: Path) -> list[str]:
+def _unpack(path: Path, room: int) -> list[str]:
+    """What an archive holds, if that takes no more than so many bytes."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir() and not _hidden(member.filename)]
             if len(members) > MAX_BATCH:
                 raise CommandError(f"{path.name} holds {len(members):,} files: at most {MAX_BATCH:,} at a time")
-            left, files = MAX_UNPACKED_BYTES, []
+            files = []
             for member in members:
                 # the archive's own word on sizes is not to be trusted
                 with archive.open(member) as source:
-                    data = source.read(min(MAX_IMAGE_BYTES + 1, left + 1))
-                left -= len(data)
-                if left < 0:
+                    data = source.read(min(MAX_IMAGE_BYTES, room) + 1)
+                room -= len(data)
+                if room < 0:
                     raise CommandError(f"{path.name} unpacks to more than {MAX_UNPACKED_BYTES // 1_000_000:,} MB: split it")
                 # a folder of its own: names in different folders may be equal
                 target = Path(tempfile.mkdtemp(prefix="zip-", dir=path.parent)) / PurePosixPath(member.filename).name
