@@ -164,6 +164,10 @@ class HierarchicalZeroShot:
     @torch.no_grad()
     def __call__(self, image_embeddings: torch.Tensor) -> ZeroShotResult:
         """image_embeddings [images, projection_dim], the projected ones, of any length -> where each image may be from."""
+        return self.differentiable(image_embeddings)
+
+    def differentiable(self, image_embeddings: torch.Tensor) -> ZeroShotResult:
+        """As a call, with log probabilities that have gradients to `image_embeddings`."""
         if image_embeddings.dim() != 2 or not len(image_embeddings):
             raise ValueError(f"image_embeddings must be [images, projection_dim], not {tuple(image_embeddings.shape)}")
         if not image_embeddings.isfinite().all():
@@ -182,7 +186,8 @@ class HierarchicalZeroShot:
                 kept = scores.isfinite().any(dim=0).nonzero().flatten()
                 paths, scores = [paths[i] for i in kept.tolist()], scores[:, kept]
             families = [self._family(depth, path) for path in paths]
-            embeddings = self._embeddings(depth, paths, families)
+            with torch.no_grad():
+                embeddings = self._embeddings(depth, paths, families)
             sizes = torch.tensor([len(family) for family in families], device=images.device)
             parent = torch.arange(len(families), device=images.device).repeat_interleave(sizes)
             with torch.autocast(images.device.type, enabled=False):  # logits reach 100: bfloat16 would round them to 0.5

@@ -41,10 +41,13 @@ class AnswerOptions:
     refine: bool = True
     abstain_radius_km: float | None = None
     abstain_probability: float | None = None
+    cells: int = 0
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1")
+        if self.cells < 0:
+            raise ValueError(f"cells={self.cells} must be at least 0")
         if self.coverage is not None and not 0 < self.coverage < 1:
             raise ValueError(f"coverage={self.coverage} must lie between 0 and 1, 0.9 say")
         if self.abstain_radius_km is not None and not self.abstain_radius_km > 0:
@@ -61,7 +64,8 @@ class AnswerOptions:
 class Ranking:
     """Candidates of a batch, best first: scores, radii_km [batch, k], coordinates [batch, k, 2] and abstain [batch], on the CPU.
 
-    geocells is [batch, k] or None; names has for each image the names of its candidates, as many as there are.
+    geocells is [batch, k] or None; names has for each image the names of its candidates, as many as there are. cells holds the
+    likeliest geocells, whatever the places are, and their probabilities, [batch, n] each, if they were asked for.
     """
 
     scores: torch.Tensor
@@ -70,6 +74,7 @@ class Ranking:
     abstain: torch.Tensor
     geocells: torch.Tensor | None
     names: list[list[dict[str, str | None]]]
+    cells: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def predictions(self, row: int) -> list[dict[str, Any]]:
         """The ranked list of one image."""
@@ -77,7 +82,7 @@ class Ranking:
         scores, coordinates, radii = (column.tolist() for column in columns)
         cells = [None] * len(scores) if self.geocells is None else self.geocells[row].tolist()
         abstain = bool(self.abstain[row])
-        return [
+        places: list[dict[str, Any]] = [
             {
                 "latitude": latitude,
                 "longitude": longitude,
@@ -90,6 +95,11 @@ class Ranking:
             # an image may have fewer candidates than the batch's others
             for names, score, (latitude, longitude), radius, cell in zip(self.names[row], scores, coordinates, radii, cells)  # noqa: B905
         ]
+        if self.cells is not None:
+            numbers, probabilities = (column[row].tolist() for column in self.cells)
+            pairs = zip(numbers, probabilities, strict=True)
+            places[0]["cells"] = [{"geocell": number, "probability": probability} for number, probability in pairs]
+        return places
 
 
 class Locator(Protocol):
@@ -103,6 +113,10 @@ class Locator(Protocol):
 
     def candidate_places(self) -> np.ndarray:
         """[candidates, 2], (latitude, longitude) in degrees of everything that the model can answer with before refinement."""
+        ...
+
+    def log_probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        """[batch, candidates], of all candidate places before refinement, with gradients to the features."""
         ...
 
 
@@ -123,6 +137,9 @@ class PigeonLocator:
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model.get_embeddings(pixel_values)[0]
 
+    def log_probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        return (self.model.cell_head(features).float() / self.model.config.cell_temperature).log_softmax(1)
+
     def __call__(self, features: torch.Tensor, options: AnswerOptions) -> Ranking:
         model, config = self.model, self.model.config
         coverage = config.radius_coverage if options.coverage is None else options.coverage
@@ -138,6 +155,10 @@ class PigeonLocator:
             abstain = _abstain(options, answer.error_radius_km, answer.candidate_scores[:, 0])
         coordinates = answer.candidate_coordinates.double().cpu()
         counts = (answer.candidate_scores > 0).sum(1).tolist()
+        cells = None
+        if options.cells:
+            probabilities, numbers = answer.cell_probabilities.topk(min(options.cells, config.num_cells), dim=1)
+            cells = numbers.cpu(), probabilities.cpu()
         return Ranking(
             scores=answer.candidate_scores.cpu(),
             coordinates=coordinates,
@@ -146,6 +167,7 @@ class PigeonLocator:
             geocells=answer.candidate_cells.cpu(),
             # a score of 0: nothing is left for a further place
             names=[names[: max(1, count)] for names, count in zip(self._named(coordinates), counts, strict=True)],
+            cells=cells,
         )
 
     def _named(self, coordinates: torch.Tensor) -> list[list[dict[str, str | None]]]:
@@ -195,11 +217,20 @@ class ZeroShotLocator:
     def search(self) -> HierarchicalZeroShot:
         return HierarchicalZeroShot(self.candidates, self.embedder, self._levels, beam=self._beam)
 
+    @cached_property
+    def _joint_search(self) -> HierarchicalZeroShot:
+        return HierarchicalZeroShot(self.candidates, self.embedder, self._levels)
+
     def candidate_places(self) -> np.ndarray:
         return np.array([(path[-1].latitude, path[-1].longitude) for path in self.search.leaves()])
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model.get_image_features(pixel_values=pixel_values).pooler_output
+
+    def log_probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        # greedy search gives up candidates, whose probability is then not known
+        search = self.search if self._beam is None else self._joint_search
+        return search.differentiable(features).log_probabilities
 
     def __call__(self, features: torch.Tensor, options: AnswerOptions) -> Ranking:
         result = self.search(features)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from geobased.geography.coordinates import haversine_km
 from geobased.whole_file import whole_file
 
 from .geolocalization_answers import place_title
+from .geolocalization_cells import CellArea
 
 SUFFIXES = (".html", ".png")
 # degrees: what is smaller cannot be seen on these maps
@@ -25,35 +28,59 @@ THUMBNAIL_PIXELS = 360
 EARTH_KM_PER_DEGREE = 111.195
 # a circle of a quarter of the way around is a hemisphere, and larger ones say nothing
 MAX_CIRCLE_KM = 9_900.0
+# beside each other: what crosses the date line goes on
+LAND_COPIES = "".join(f'<use href="#land" x="{shift}"/>' for shift in (-360, 0, 360))
 COLORS = ("#d1242f", "#bc4c00", "#9a6700", "#57606a", "#8c959f")
 # of a page of its own
 PAGE_STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#222;background:#fff;max-width:66rem;margin:2rem auto;padding:0 1rem}
 @media (prefers-color-scheme:dark){body{color:#ddd;background:#14181d}}
 """
-DARK = "--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#aaa"
+DARK = (
+    "--sea:#1d2a36;--land:#3f4852;--border:#707b87;--quiet:#b3b9c0;--cell:#b78cff;--truth:#3fb950;--unsure:#b3b9c0;--card:#1b2129"
+)
 # of the maps, wherever they are: nothing outside .places changes (copies of the land know no ancestors), and what a page says of
 # all its tables does not hold in it
 STYLE = """
-.places{--sea:#eef4f9;--land:#e5e3da;--border:#aaa;--line:#8884;--quiet:#666}
+.places{--sea:#eef4f9;--land:#e5e3da;--border:#aaa;--line:#8884;--quiet:#5f666d;--cell:#6639ba;--truth:#1a7f37;--unsure:#57606a;
+--card:#fff}
 .dark .places{DARK}
-.places section{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start;border-top:1px solid var(--line);padding:1rem 0}
+.places section{display:flex;flex-wrap:wrap;gap:1rem 1.5rem;align-items:flex-start;border-top:1px solid var(--line);
+padding:1.25rem 0}
 .places section>div{flex:1 1 22rem;min-width:0}
+.places li{font-size:inherit}
 .places h2{font-size:1.05rem;margin:0 0 .5rem;overflow-wrap:anywhere}
-.places table{display:block;overflow-x:auto;border:0!important;border-collapse:collapse;font-variant-numeric:tabular-nums}
+.places table{display:block;overflow-x:auto;margin:.75rem 0 0!important;padding:0!important;border:0!important;
+border-collapse:collapse;font-variant-numeric:tabular-nums}
 .places tr,.places th,.places td{border:0!important}
-.places th,.places td{padding:.15rem .6rem!important;text-align:right;white-space:normal!important}
+.places th,.places td{padding:.3rem .5rem!important;text-align:right;white-space:nowrap!important}
+.places th:first-child,.places td:first-child{padding-left:0!important}
+.places th{font-size:.85em;color:var(--quiet);font-weight:600}
 .places tr{border-bottom:1px solid var(--line)!important}
-.places th:nth-child(2),.places td:nth-child(2){text-align:left}
-.places svg{width:100%;height:auto;touch-action:pan-y;background:var(--sea);border:1px solid var(--line)}
-.places img{max-width:100%;max-height:14rem}
+.places th:nth-child(2),.places td:nth-child(2){text-align:left;white-space:normal!important;min-width:8rem}
+.places figure{position:relative;margin:0}
+.places figcaption{font-size:.85em;color:var(--quiet);margin:.4rem 0 0}
+.places svg{display:block;width:100%;height:auto;touch-action:pan-y;background:var(--sea);border:1px solid var(--line);
+border-radius:6px;cursor:grab}
+.places .zoom{position:absolute;top:.5rem;right:.5rem;display:flex;flex-direction:column;gap:1px}
+.places .zoom button{width:2rem;height:2rem;padding:0;border:1px solid var(--line);border-radius:4px;background:var(--card);
+color:inherit;font:600 1rem/1 system-ui,sans-serif;cursor:pointer}
+.places :focus-visible{outline:2px solid #2563eb;outline-offset:2px}
+.places img{display:block;max-width:100%;height:9rem;width:auto;border-radius:6px}
 .places-land{fill:var(--land);stroke:var(--border);stroke-width:.6;vector-effect:non-scaling-stroke}
-.places .radius{fill:#d1242f;fill-opacity:.1;stroke:#d1242f;stroke-width:1;vector-effect:non-scaling-stroke}
+.places .cell{fill:var(--cell);stroke:var(--cell);stroke-opacity:.45;stroke-width:.6;vector-effect:non-scaling-stroke}
+.places .radius{fill:#d1242f;fill-opacity:.06;stroke:#d1242f;stroke-width:1.25;vector-effect:non-scaling-stroke}
+.places .radius.unsure{fill:none;stroke:var(--unsure);stroke-dasharray:5 4}
 .places .place{stroke:#fff;stroke-width:1;vector-effect:non-scaling-stroke}
+.places .place.unsure{fill:none;stroke:var(--unsure);stroke-width:2}
+.places .place.truth{fill:none;stroke:var(--truth);stroke-width:3}
+.places .gap{fill:none;stroke:var(--truth);stroke-width:1.5;stroke-dasharray:3 3;vector-effect:non-scaling-stroke}
 .places .note,.places footer{color:var(--quiet)}
+.places footer{font-size:.85em}
+.places .abstains{border-left:4px solid var(--unsure);padding:.35rem .75rem;margin:.75rem 0 0;font-weight:600}
 """.replace("DARK", DARK)
-# maps are zoomed by the wheel, two clicks or + and -, moved by dragging or arrows, and whole again by 0. It listens to the page,
-# so that maps which come later are served as well.
+# maps are zoomed by their buttons, the wheel, two clicks or + and -, moved by dragging or arrows, and whole again by 0. It
+# listens to the page, so that maps which come later are served as well.
 ZOOM_SCRIPT = """
 (() => {
   const mapOf = event => event.target.closest && event.target.closest('.places svg[viewBox]');
@@ -85,6 +112,13 @@ ZOOM_SCRIPT = """
     event.preventDefault();
     zoom(map, event.deltaY < 0 ? 0.8 : 1.25, ...at(map, event));
   }, {passive: false});
+  document.addEventListener('click', event => {
+    const button = event.target.closest && event.target.closest('.places .zoom button');
+    const map = button && button.closest('figure').querySelector('svg[viewBox]');
+    if (!map) return;
+    if (button.dataset.zoom === '0') map.dataset.whole && show(map, map.dataset.whole.split(' ').map(Number));
+    else zoom(map, button.dataset.zoom === '+' ? 0.6 : 1 / 0.6, 0.5, 0.5);
+  });
   document.addEventListener('dblclick', event => {
     const map = mapOf(event);
     if (map) zoom(map, event.shiftKey ? 2 : 0.5, ...at(map, event));
@@ -127,12 +161,26 @@ class LocatedImage:
         predictions: what the pipeline gives for it, best first; empty if it could not be read.
         error: why it could not be read.
         thumbnail: a small JPEG, which the map then holds.
+        cells: geocells to shade, best first (see `CellAreas.areas`).
+        exact_cells: whether their outlines are the geocells' own.
+        truth: (latitude, longitude) in degrees of where it was taken, if that is known.
     """
 
     name: str
     predictions: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     thumbnail: bytes | None = None
+    cells: tuple[CellArea, ...] = ()
+    exact_cells: bool = False
+    truth: tuple[float, float] | None = None
+
+    @property
+    def distance_km(self) -> float | None:
+        """From the best place to the true one; None if there is no answer or no known truth."""
+        if self.truth is None or not self.predictions:
+            return None
+        best = self.predictions[0]
+        return float(haversine_km(best["latitude"], best["longitude"], *self.truth))
 
 
 @lru_cache(maxsize=1)
@@ -155,8 +203,8 @@ def country_outlines() -> list[np.ndarray]:
     return [shapely.get_coordinates(ring) for ring in rings]
 
 
-def thumbnail(image: str | os.PathLike[str]) -> bytes:
-    """A small JPEG of an image file's pixels alone. Raises `UnreadableImageError`."""
+def thumbnail(image: str | os.PathLike[str] | Image.Image) -> bytes:
+    """A small JPEG of an image's pixels alone. Raises `UnreadableImageError`."""
     from geobased.modeling_streetclip.image_decoding import decode_picture
 
     picture = decode_picture(image, jpeg_edge=THUMBNAIL_PIXELS)
@@ -225,27 +273,38 @@ def _html(images: Sequence[LocatedImage]) -> str:
     )
 
 
-def map_fragment(images: Sequence[LocatedImage], max_sections: int = MAX_SECTIONS) -> str:
-    """A map of the world and a section for each image, for a page that holds `STYLE`; it is dark in an element of class dark."""
+def map_fragment(images: Sequence[LocatedImage], max_sections: int = MAX_SECTIONS, *, with_land: bool = True) -> str:
+    """A map of the world and a section for each image, for a page that holds `STYLE`; it is dark in an element of class dark.
+
+    with_land=False leaves out the countries' outlines, half a megabyte, for pages that hold `land_fragment` once.
+    """
     located = [image for image in images if image.predictions]
     failed = [image for image in images if not image.predictions]
-    land = "".join(f"M{_path(ring)}Z" for ring in country_outlines())
     parts = [
-        '<svg style="position:absolute;width:0;height:0;border:0"><defs>'
-        f'<path id="land" class="places-land" d="{land}"/></defs></svg>\n',
+        land_fragment() if with_land else "",
         _world(located) if located else "",
         *(_section(image) for image in located[:max_sections]),
     ]
-    if len(located) > max_sections:
-        parts.append(f'<p class="note">{len(located) - max_sections:,} more images are on the map of the world alone.</p>\n')
+    if len(located) > max_sections > 0:
+        parts.append(f'<p class="note">On the map of the world alone: {len(located) - max_sections:,} more.</p>\n')
     if failed:
         rows = "".join(f"<li>{escape(image.name)}: {escape(image.error or 'no place')}</li>" for image in failed)
         parts.append(f"<h2>Not located</h2><ul>{rows}</ul>\n")
     parts.append(
         "<footer><p>Places are a model's guesses from pixels alone. Borders: Natural Earth (public domain), simplified. Maps zoom"
-        " by two clicks, or by + and - once clicked on; 0 shows all.</p></footer>\n"
+        " by their buttons, two clicks, or + and - once clicked on; 0 shows all.</p></footer>\n"
     )
     return f'<div class="places">{"".join(parts)}</div>'
+
+
+@lru_cache(maxsize=1)
+def land_fragment() -> str:
+    """The outlines of all countries, not shown themselves, which maps refer to."""
+    land = "".join(f"M{_path(ring)}Z" for ring in country_outlines())
+    return (
+        '<svg style="position:absolute;width:0;height:0;border:0" aria-hidden="true"><defs>'
+        f'<path id="land" class="places-land" d="{land}"/><clipPath id="land-shape"><use href="#land"/></clipPath></defs></svg>\n'
+    )
 
 
 def _path(points: np.ndarray) -> str:
@@ -253,32 +312,65 @@ def _path(points: np.ndarray) -> str:
     return "L".join(f"{x:.2f} {-y:.2f}" for x, y in points.tolist())
 
 
+def _map(view: str, label: str, content: str, caption: str = "") -> str:
+    """A drawing that can be zoomed, with its buttons."""
+    buttons = "".join(
+        f'<button type="button" data-zoom="{kind}" aria-label="{name}">{sign}</button>'
+        for kind, name, sign in (("+", "zoom in", "+"), ("-", "zoom out", "&minus;"), ("0", "show all", "&#8634;"))
+    )
+    told = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return (
+        f'<figure><svg viewBox="{view}" tabindex="0" role="img" aria-label="{escape(label)}">{content}</svg>'
+        f'<div class="zoom">{buttons}</div>{told}</figure>\n'
+    )
+
+
 def _world(located: Sequence[LocatedImage]) -> str:
-    marks = []
+    # of many images they would hide each other
+    parts = []
+    if len(located) == 1:
+        circle = _circle(located[0])
+        circles = "".join(f'<g transform="translate({shift} 0)">{circle}</g>' for shift in (-360, 0, 360)) if circle else ""
+        parts.append(_cells(located[0], -180, 180) + circles)
+    truths = False
     for image in located:
         best = image.predictions[0]
         title = f"{image.name}: {place_title(best)}, {best['score']:.1%}"
-        marks.append(
-            f'<circle class="place" cx="{best["longitude"]:.3f}" cy="{-best["latitude"]:.3f}" r="1.6" fill="{COLORS[0]}">'
-            f"<title>{escape(title)}</title></circle>"
+        unsure = _abstains(image)
+        if unsure:
+            title += ", too uncertain to say"
+        if image.truth is not None:
+            truths = True
+            parts.append(_gap(image, best["longitude"], 1.0))
+            parts.append(_truth(image, image.truth[1], 2.2))
+        parts.append(
+            f'<circle class="place{" unsure" if unsure else ""}" cx="{best["longitude"]:.3f}" cy="{-best["latitude"]:.3f}"'
+            f' r="1.6" fill="{COLORS[0]}"><title>{escape(title)}</title></circle>'
         )
-    return (
-        '<svg viewBox="-180 -84 360 142" tabindex="0" role="img" aria-label="map of the world with the best place of each image">'
-        f'<use href="#land"/>{"".join(marks)}</svg>\n'
-    )
+    told = ["Filled: the best place of an image."]
+    if any(map(_abstains, located)):
+        told.append("Hollow and grey: the model is too uncertain to say.")
+    if truths:
+        told.append("Green ring: the true place.")
+    label = "map of the world with the best place of each image"
+    return _map("-180 -84 360 142", label, f'<use href="#land"/>{"".join(parts)}', " ".join(told))
 
 
 def _section(image: LocatedImage) -> str:
     picture = ""
     if image.thumbnail is not None:
         data = base64.b64encode(image.thumbnail).decode("ascii")
-        picture = f'<img alt="" src="data:image/jpeg;base64,{data}">'
+        picture = f'<img alt="{escape(image.name)}" src="data:image/jpeg;base64,{data}">'
     rows = "".join(
         f"<tr><td>{rank}</td><td>{escape(place_title(place))}</td><td>{place['score']:.1%}</td>"
-        f"<td>{place['latitude']:.3f}, {place['longitude']:.3f}</td><td>{place['error_radius_km']:,.0f} km</td></tr>"
+        f"<td>{place['latitude']:.2f}, {place['longitude']:.2f}</td><td>{place['error_radius_km']:,.0f} km</td></tr>"
         for rank, place in enumerate(image.predictions, 1)
     )
-    note = '<p class="note">The model would rather not say: the answer is too uncertain.</p>' if _abstains(image) else ""
+    note = ""
+    if _abstains(image):
+        note = '<p class="abstains">The model would rather not say: the answer is too uncertain. These are mere guesses.</p>'
+    if image.distance_km is not None:
+        note += f'<p class="distance">The best place is {image.distance_km:,.0f} km from the true one.</p>'
     return (
         f"<section><div><h2>{escape(image.name)}</h2>{picture}{note}<table><thead><tr><th></th><th>place</th><th>probability</th>"
         f"<th>latitude, longitude</th><th>radius</th></tr></thead><tbody>{rows}</tbody></table></div>"
@@ -290,11 +382,67 @@ def _abstains(image: LocatedImage) -> bool:
     return bool(image.predictions[0].get("abstain"))
 
 
+def _cells(image: LocatedImage, west: float, east: float) -> str:
+    """Geocells between two longitudes, the likeliest opaque, in degrees, where there is land: cells are parts of it."""
+    if not image.cells:
+        return ""
+    highest = max(area.probability for area in image.cells)
+    groups = []
+    # browsers cut by one copy of the land well, and by several at once not at all: each copy has a group of its own
+    for turn in (-360, 0, 360):
+        low, high = max(west, turn - 180), min(east, turn + 180)
+        paths = []
+        for area in image.cells if low < high else ():
+            outlines = [
+                f"M{_path(ring + (shift - turn, 0))}Z"
+                for ring in area.rings
+                for shift in (-360, 0, 360)
+                if ring[:, 0].max() + shift > low and ring[:, 0].min() + shift < high
+            ]
+            # small probabilities would not be seen beside large ones
+            opacity = 0.08 + 0.62 * (area.probability / highest) ** 0.5
+            if outlines:
+                paths.append(
+                    f'<path class="cell" fill-opacity="{opacity:.2f}" d="{"".join(outlines)}">'
+                    f"<title>geocell {area.geocell}: {area.probability:.1%}</title></path>"
+                )
+        if paths:
+            groups.append(f'<g transform="translate({turn} 0)" clip-path="url(#land-shape)">{"".join(paths)}</g>')
+    return "".join(groups)
+
+
+def _circle(image: LocatedImage) -> str:
+    """The error radius of the best place, in degrees."""
+    best = image.predictions[0]
+    if best["error_radius_km"] >= MAX_CIRCLE_KM:
+        return ""
+    ring = circle_around(best["latitude"], best["longitude"], best["error_radius_km"])
+    return f'<path class="radius{" unsure" if _abstains(image) else ""}" d="M{_path(ring)}Z"/>'
+
+
+def _truth(image: LocatedImage, x: float, radius: float) -> str:
+    assert image.truth is not None
+    title = f"{image.name}: the true place, {image.truth[0]:.3f}, {image.truth[1]:.3f}"
+    return (
+        f'<circle class="place truth" cx="{x:.3f}" cy="{-image.truth[0]:.3f}" r="{radius:.3f}">'
+        f"<title>{escape(title)}</title></circle>"
+    )
+
+
+def _gap(image: LocatedImage, best_x: float, narrow: float) -> str:
+    """A line between the best and the true place, by the shorter way around; best_x is the best place's longitude on the map."""
+    assert image.truth is not None
+    best = image.predictions[0]
+    step = (image.truth[1] - best["longitude"] + 180) % 360 - 180
+    return f'<path class="gap" d="M{best_x:.3f} {-best["latitude"]:.3f}L{best_x + narrow * step:.3f} {-image.truth[0]:.3f}"/>'
+
+
 def _close_up(image: LocatedImage) -> str:
-    """The part of the world that shows the best place with its radius, and the other places near it."""
+    """The part of the world that shows the best place with its radius and geocells, and the other places near it."""
     best = image.predictions[0]
     latitude, longitude, radius = best["latitude"], best["longitude"], best["error_radius_km"]
-    reach = min(max(2.0 * radius / EARTH_KM_PER_DEGREE, 5.0), 60.0)
+    wanted = max(1.3 * radius, 1.3 * (image.distance_km or 0.0))
+    reach = min(max(wanted / EARTH_KM_PER_DEGREE, 5.0), 60.0)
     # a degree of longitude is shorter away from the equator
     narrow = max(np.cos(np.radians(latitude)), 0.2)
 
@@ -302,21 +450,26 @@ def _close_up(image: LocatedImage) -> str:
         return narrow * (longitude + (degrees - longitude + 180) % 360 - 180)
 
     left, width = narrow * longitude - 1.4 * reach, 2.8 * reach
-    copies = "".join(f'<use href="#land" x="{shift}"/>' for shift in (-360, 0, 360))
-    circle = ""
-    if radius < MAX_CIRCLE_KM:
-        circle = f'<path class="radius" d="M{_path(circle_around(latitude, longitude, radius))}Z"/>'
+    cells = _cells(image, longitude - 1.4 * reach / narrow, longitude + 1.4 * reach / narrow)
     marks = [
-        f'<circle class="place" cx="{x(place["longitude"]):.3f}" cy="{-place["latitude"]:.3f}"'
-        f' r="{reach / 40 * (1.4 if rank == 0 else 1):.3f}" fill="{COLORS[min(rank, len(COLORS) - 1)]}">'
+        f'<circle class="place{" unsure" if _abstains(image) else ""}" cx="{x(place["longitude"]):.3f}"'
+        f' cy="{-place["latitude"]:.3f}" r="{reach / 40 * (1.4 if rank == 0 else 1):.3f}"'
+        f' fill="{COLORS[min(rank, len(COLORS) - 1)]}">'
         f"<title>{rank + 1}. {escape(place_title(place))}, {place['score']:.1%}</title></circle>"
         for rank, place in reversed(list(enumerate(image.predictions)))
     ]
-    return (
-        f'<svg viewBox="{left:.3f} {-latitude - reach:.3f} {width:.3f} {2 * reach:.3f}" tabindex="0" role="img"'
-        f' aria-label="map around {escape(place_title(best))}"><g transform="scale({narrow:.4f} 1)">{copies}{circle}</g>'
-        f"{''.join(marks)}</svg>"
-    )
+    told = ["Large dot: the best place, small dots: the next ones." if len(image.predictions) > 1 else "Dot: the best place."]
+    if image.cells:
+        outlines = "" if image.exact_cells else ", drawn as what is nearest to its centre"
+        told.append(f"Shaded: geocells{outlines}, the darkest with a probability of {image.cells[0].probability:.1%}.")
+    if radius < MAX_CIRCLE_KM:
+        told.append(f"{'Dashed circle' if _abstains(image) else 'Circle'}: the error radius of the best place.")
+    if image.truth is not None:
+        told.append("Green ring: the true place.")
+        marks.insert(0, _gap(image, x(longitude), float(narrow)) + _truth(image, x(image.truth[1]), reach / 40 * 2))
+    content = f'<g transform="scale({narrow:.4f} 1)">{LAND_COPIES}{cells}{_circle(image)}</g>{"".join(marks)}'
+    view = f"{left:.3f} {-latitude - reach:.3f} {width:.3f} {2 * reach:.3f}"
+    return _map(view, f"map around {place_title(best)}", content, " ".join(told))
 
 
 # PNG
@@ -356,6 +509,7 @@ __all__ = [
     "check_map_path",
     "circle_around",
     "country_outlines",
+    "land_fragment",
     "map_fragment",
     "save_map",
     "thumbnail",

@@ -29,7 +29,7 @@ from .geolocalization_answers import AnswerOptions, Ranking, make_locator
 from .geolocalization_inputs import TIMEOUT_SECONDS, each_image, image_source, is_one_image
 
 DECODING = ("max_pixels", "jpeg_edge", "timeout")
-ANSWERS = ("top_k", "coverage", "refine", "abstain_radius_km", "abstain_probability")
+ANSWERS = ("top_k", "coverage", "refine", "abstain_radius_km", "abstain_probability", "cells")
 # decoded ahead of the model: batches beyond those that it works on
 BATCHES_AHEAD = 2
 # worked on at once on a GPU, each in its own thread and stream: one is read in and answered while another is in the model
@@ -75,7 +75,9 @@ class ImageGeolocalizationPipeline(Pipeline):
     - geocell: PIGEON's cell, None for zero-shot search;
     - error_radius_km: radius around this place within which the truth lies with probability `coverage`. Calibrated in a PIGEON
       model that was, and then for the best place; elsewhere that of the disc which holds so much of the model's probability;
-    - abstain: whether the whole answer is too uncertain by the thresholds below, the same in all places of an image.
+    - abstain: whether the whole answer is too uncertain by the thresholds below, the same in all places of an image;
+    - cells: in the best place alone, and only if the call asks for them: PIGEON's likeliest geocells before refinement, a list of
+      dictionaries with geocell and probability.
 
     Only pixels are used: metadata such as EXIF GPS tags are never looked at (but for the orientation) and never in the result.
     An image that cannot be read raises `ValueError` if it is the only one; among several its result is the dictionary
@@ -94,6 +96,7 @@ class ImageGeolocalizationPipeline(Pipeline):
         refine: whether PIGEON's prototypes change the answer (default True).
         abstain_radius_km, abstain_probability: an answer abstains if its error radius is larger, or its best score lower
             (default: a PIGEON model's own thresholds, never otherwise).
+        cells: how many of PIGEON's geocells to give with the best place (default 0); there are none in zero-shot search.
         max_pixels: images with more are refused (decompression bombs).
         jpeg_edge: decodes large JPEG files at a fraction of their size, see `decode_image`; faster, and not quite the same.
         timeout: seconds that the server of a URL may be silent.

@@ -117,6 +117,16 @@ def test_abstains_by_the_models_thresholds_or_the_calls(pigeon, tiny_pigeon_dir)
     assert strict(picture())[0]["abstain"] and not strict(picture(), abstain_probability=0.0)[0]["abstain"]
 
 
+def test_likeliest_geocells_come_with_the_best_place_if_asked_for(pigeon, clip):
+    best, *others = pigeon(picture(), top_k=2, cells=3)
+    assert len(best["cells"]) == 3 and all("cells" not in place for place in others)
+    probabilities = [cell["probability"] for cell in best["cells"]]
+    assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1 + 1e-6
+    assert list(pigeon(picture())[0]) == list(clip(picture(), cells=3)[0]) == KEYS
+    with pytest.raises(ValueError, match="cells=-1 must be at least 0"):
+        pigeon(picture(), cells=-1)
+
+
 # --- zero-shot --------------------------------------------------------------------------------------------------------
 
 

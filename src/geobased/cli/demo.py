@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from .locate import Model
 from .options import MODEL_HELP, Debug, epilog, show_help
 from .sources import DEFAULT_GEOLOCALIZER, DEFAULT_MODEL
 
@@ -18,6 +17,7 @@ EXAMPLES = (
 GEOLOCALIZATION_EXAMPLES = (
     "geobased demo geolocalization",
     "geobased demo geolocalization --model geolocal/StreetCLIP",
+    "geobased demo geolocalization --model ./my-pigeon --model earthclip-mini",
 )
 Port = Annotated[
     int | None,
@@ -27,7 +27,6 @@ Share = Annotated[
     bool,
     typer.Option("--share/--no-share", help="Open a public address too: what is entered there passes Gradio's servers."),
 ]
-
 Mcp = Annotated[
     bool,
     typer.Option("--mcp/--no-mcp", help="Offer the page's endpoints as tools to MCP clients too. Needs the extra mcp."),
@@ -66,20 +65,31 @@ def generation(
 
 @app.command("geolocalization", epilog=epilog(*GEOLOCALIZATION_EXAMPLES))
 def geolocalization(
-    model: Model = DEFAULT_GEOLOCALIZER,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A shipped model, a folder or a Hub id: PIGEON, StreetCLIP or another CLIP. Given more than once, the first one"
+            f" answers, and visitors may compare all of them. By default {DEFAULT_GEOLOCALIZER}.",
+            show_default=False,
+        ),
+    ] = None,
     port: Port = None,
     share: Share = False,
+    mcp: Mcp = False,
     debug: Debug = False,
 ) -> None:
     """Serve a page that tells where images may have been taken, until Ctrl-C.
 
     Prints the page's address. Without --share only this machine reaches it. Needs the extras demo and geo:
-    pip install "geobased[demo,geo]".
+    pip install "geobased[demo,geo]"; --mcp needs the extra mcp too.
     """
-    from geobased.demo.geolocalization import build_demo
-    from geobased.demo.serving import serve
-    from geobased.pipelines.geolocalization_map import ZOOM_SCRIPT
+    from geobased.demo.geolocalization import build_demo, serve_demo
+    from geobased.demo.serving import check_mcp
 
-    page = build_demo(model)
+    if mcp:
+        check_mcp()
+    page = build_demo(model or DEFAULT_GEOLOCALIZER)
     print("serving until Ctrl-C", file=sys.stderr)
-    serve(page, port, share, ZOOM_SCRIPT)
+    serve_demo(page, port, share, mcp)

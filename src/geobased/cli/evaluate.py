@@ -102,26 +102,75 @@ def evaluate(
         _write_json(report, {"model": model, "ceiling": limits})
         print(json.dumps({"model": model, "ceiling": limits}) if json_output else _ceiling_text(limits))
         return
+    found = evaluate_images(pipe, listed, batch_size, threads, bootstrap, seed, best=best)
+    for error in found.left_out.values():
+        print(f"left out: {error}", file=sys.stderr)
+    numbers = {"model": model, **found.numbers()}
+    if html is not None:
+        found.save_html(html, title=f"{model} on {table.name}")
+    _write_json(report, {**numbers, "images": found.rows()})
+    print(json.dumps(numbers, ensure_ascii=False) if json_output else _text(found.measured, found.ceiling))
+
+
+@dataclass(frozen=True)
+class ModelEvaluation:
+    """Answers to images of known places, and how good they are.
+
+    Attributes:
+        listed: the images that could be read.
+        answers: the best place of each.
+        measured: metrics with intervals, calibration, groups.
+        ceiling: what the model's candidates allow (see `CandidateCeiling`).
+        left_out: path: why it could not be read.
+    """
+
+    listed: ImageList
+    answers: list[dict[str, Any]]
+    measured: "EvaluationResult"
+    ceiling: dict[str, Any]
+    left_out: dict[str, str]
+
+    def numbers(self) -> dict[str, Any]:
+        """All but the images' answers, as JSON can hold it."""
+        return {**self.measured.to_dict(), "ceiling": self.ceiling, "left_out": self.left_out}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Each image with its true place, distance and answer."""
+        measured = self.measured
+        rows = zip(self.listed.images, self.answers, measured.truths.tolist(), measured.distances_km.tolist(), strict=True)
+        return [{"image": i, "truth": t, "distance_km": round(d, 3), "prediction": a} for i, a, t, d in rows]
+
+    def save_html(self, path: Path, *, title: str) -> None:
+        """Writes the report with curves and a map."""
+        from geobased.pipelines.geolocalization_map import country_outlines
+
+        self.measured.save_html(path, title=title, outlines=country_outlines())
+
+
+def evaluate_images(
+    pipe: "ImageGeolocalizationPipeline",
+    listed: ImageList,
+    batch_size: int = 16,
+    threads: int | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    *,
+    best: "CandidateCeiling | None" = None,
+) -> ModelEvaluation:
+    """What the model answers to listed images, and how good it is. Raises `CommandError` if none can be read.
+
+    best is the ceiling of the model's candidates where it is known already.
+    """
+    best = _ceiling(pipe, listed) if best is None else best
     results = locate_images(pipe, listed.images, batch_size, threads, top_k=1)
     failed = {listed.images[i]: result["error"] for i, result in enumerate(results) if isinstance(result, dict)}
-    for error in failed.values():
-        print(f"left out: {error}", file=sys.stderr)
     kept = [row for row, result in enumerate(results) if not isinstance(result, dict)]
     if not kept:
-        raise CommandError(f"none of the {len(results)} images of {table} can be read: {results[0]['error']}")
+        raise CommandError(f"none of the {len(results)} images can be read: {results[0]['error']}")
     answers, listed = [results[row][0] for row in kept], listed.select(kept)
     best = replace(best, distance_km=best.distance_km[kept], nearest=best.nearest[kept])
     measured = _measure(pipe, listed, answers, best.nearest, bootstrap, seed)
-    limits = _ceiling_numbers(pipe, best)
-    numbers = {"model": model, **measured.to_dict(), "ceiling": limits, "left_out": failed}
-    if html is not None:
-        from geobased.pipelines.geolocalization_map import country_outlines
-
-        measured.save_html(html, title=f"{model} on {table.name}", outlines=country_outlines())
-    rows = zip(listed.images, answers, measured.truths.tolist(), measured.distances_km.tolist(), strict=True)
-    detailed = [{"image": i, "truth": t, "distance_km": round(d, 3), "prediction": a} for i, a, t, d in rows]
-    _write_json(report, {**numbers, "images": detailed})
-    print(json.dumps(numbers, ensure_ascii=False) if json_output else _text(measured, limits))
+    return ModelEvaluation(listed, answers, measured, _ceiling_numbers(pipe, best), failed)
 
 
 def read_list(table: Path, folder: Path | None = None) -> ImageList:
@@ -234,7 +283,8 @@ def _write_json(path: Path | None, numbers: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _label(metric: str) -> str:
+def metric_label(metric: str) -> str:
+    """What reports call a metric of `EvaluationResult`."""
     if metric.startswith("within_"):
         return f"within {float(metric.removeprefix('within_').removesuffix('km')):,.0f} km %"
     return LABELS[metric]
@@ -242,7 +292,7 @@ def _label(metric: str) -> str:
 
 def _ceiling_text(numbers: dict[str, Any]) -> str:
     rows = [f"ceiling of {numbers['candidates']:,} candidates on {numbers['images']:,} places"]
-    rows += [f"  {_label(name):<18}{value:>10,.1f}" for name, value in numbers.items() if name.endswith("km")]
+    rows += [f"  {metric_label(name):<18}{value:>10,.1f}" for name, value in numbers.items() if name.endswith("km")]
     return "\n".join(rows)
 
 
@@ -252,7 +302,7 @@ def _text(measured: "EvaluationResult", ceiling: dict[str, Any]) -> str:
     for name, estimate in measured.metrics.items():
         interval = "" if estimate.low is None else f"{estimate.low:,.1f} to {estimate.high:,.1f}"
         limit = f"{ceiling[name]:,.1f}" if name in ceiling else ""
-        rows.append(f"  {_label(name):<18}{estimate.value:>10,.1f}{interval:>22}{limit:>10}".rstrip())
+        rows.append(f"  {metric_label(name):<18}{estimate.value:>10,.1f}{interval:>22}{limit:>10}".rstrip())
     calibration = measured.calibration
     rows.append(
         f"calibration: error {calibration['expected_calibration_error']:.3f}; confidence {calibration['mean_confidence']:.1%},"

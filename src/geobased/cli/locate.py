@@ -13,6 +13,7 @@ from .options import Debug, Device
 from .sources import DEFAULT_GEOLOCALIZER, loading, parse_device, parse_dtype, quiet_transformers, resolve_model
 
 if TYPE_CHECKING:
+    from geobased.modeling_streetclip.zero_shot import SearchLevel
     from geobased.pipelines import ImageGeolocalizationPipeline
 
 EXAMPLES = (
@@ -102,11 +103,11 @@ def locate(
 
 
 def load_geolocalizer(
-    model: str, levels: str | None, beam: int | None, device: str, dtype: str
+    model: str, levels: "str | Sequence[SearchLevel] | None", beam: int | None, device: str, dtype: str
 ) -> "ImageGeolocalizationPipeline":
     """The pipeline for a model; all that can be wrong with it ends in a sentence."""
-    names = None if levels is None else [name.strip() for name in levels.split(",")]
-    if unknown := [name for name in names or [] if name not in LEVEL_NAMES]:
+    names: Any = [name.strip() for name in levels.split(",")] if isinstance(levels, str) else levels
+    if unknown := [name for name in names or [] if isinstance(name, str) and name not in LEVEL_NAMES]:
         raise CommandError(f"--levels has {unknown[0]!r}: give some of {', '.join(LEVEL_NAMES)}, separated by commas")
     wanted, place, source = parse_dtype(dtype), parse_device(device), resolve_model(model)
 

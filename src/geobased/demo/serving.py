@@ -19,6 +19,8 @@ except ModuleNotFoundError as error:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 MOST_WAITING, MAX_FILE_SIZE = 256, "20mb"
+# of all endpoints that run a model: one works at a time, whatever it is
+MODEL_QUEUE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 .gradio-container table td, .gradio-container table th {
@@ -49,7 +51,21 @@ def _theme() -> gr.themes.Base:
     )
 
 
-def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None, mcp: bool = False) -> str:
+def check_mcp() -> None:
+    """Raises `CommandError` where the package that offers endpoints as tools is not installed."""
+    if importlib.util.find_spec("mcp") is None:
+        raise CommandError('--mcp needs mcp, which is not installed: pip install "geobased[demo,mcp]"', FAILURE)
+
+
+def launch(
+    demo: gr.Blocks,
+    port: int | None = None,
+    share: bool = False,
+    script: str | None = None,
+    *,
+    max_file_size: str = MAX_FILE_SIZE,
+    mcp: bool = False,
+) -> str:
     """Starts to serve a page in the background and returns its address.
 
     Args:
@@ -57,12 +73,13 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
         port: of the address; if not given, that in `GRADIO_SERVER_PORT` or the first free one from 7860 on.
         share: open a public address too, which leads through Gradio's servers, and return that.
         script: JavaScript that the page runs when it opens.
-        mcp: offer the page's endpoints as tools of the Model Context Protocol too.
+        max_file_size: of an upload; what is larger is refused with a message.
+        mcp: offer the page's endpoints as tools too (Model Context Protocol).
 
-    Raises `CommandError` if the port is taken, or if `mcp` is asked for without its package.
+    Raises `CommandError` for a taken port, and for mcp where its extra is not installed.
     """
-    if mcp and importlib.util.find_spec("mcp") is None:
-        raise CommandError('--mcp needs the package mcp, which is not installed: pip install "geobased[mcp]"', FAILURE)
+    if mcp:
+        check_mcp()
     demo.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
     try:
         _, local, public = demo.launch(
@@ -71,13 +88,13 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
-            max_file_size=MAX_FILE_SIZE,
+            max_file_size=max_file_size,
+            mcp_server=mcp,
             ssr_mode=False,  # would start Node where that is installed
             theme=_theme(),
             css=CSS,
             head=None if script is None else f"<script>{script}</script>",
             footer_links=["api", "settings"],
-            mcp_server=mcp,
         )
     except OSError as error:
         if "Cannot find empty port" not in str(error):
@@ -87,12 +104,12 @@ def launch(demo: gr.Blocks, port: int | None = None, share: bool = False, script
     return public or local
 
 
-def serve(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None, mcp: bool = False) -> None:
-    """Serves a page, prints its address, and ends when the program is interrupted."""
+def serve(demo: gr.Blocks, port: int | None = None, share: bool = False, script: str | None = None, **options: Any) -> None:
+    """Serves a page, prints its address, and ends when the program is interrupted. Arguments as `launch`."""
     try:
-        address = launch(demo, port, share, script, mcp)
+        address = launch(demo, port, share, script, **options)
         print(address, flush=True)
-        if mcp:
+        if options.get("mcp"):
             print(f"MCP server: {address.rstrip('/')}/gradio_api/mcp/", file=sys.stderr)
         while True:
             time.sleep(1)
