@@ -25,11 +25,13 @@ def package_folders() -> dict[str, Path]:
 
 def main() -> None:
     shutil.rmtree(TARGET, ignore_errors=True)
+    folders = set(package_folders().values())
     for name, folder in package_folders().items():
         package = TARGET.joinpath(*name.split("."))
         package.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.iterdir()):
-            if path.is_file() and (path.suffix == ".py" or path.name == "py.typed"):
+            # data too, so that PYTHONPATH=build/packages runs this tree; packages are linked by their own line of the table
+            if path.name != "__pycache__" and path not in folders:
                 (package / path.name).symlink_to(os.path.relpath(path, package))
 
 
