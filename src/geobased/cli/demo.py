@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .locate import Model
-from .options import MODEL_HELP, Debug, epilog, show_help
+from .locate import Model as Geolocalizer
+from .options import Debug, Model, add_command, show_help
 from .sources import DEFAULT_GEOLOCALIZER, DEFAULT_MODEL
 
 app = typer.Typer(callback=show_help, invoke_without_command=True, help="Serve a web page that tries a model out.")
@@ -28,9 +28,8 @@ Share = Annotated[
 ]
 
 
-@app.command("generation", epilog=epilog(*EXAMPLES))
 def generation(
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     port: Port = None,
     share: Share = False,
     debug: Debug = False,
@@ -49,9 +48,8 @@ def generation(
     serve(page, port, share)
 
 
-@app.command("geolocalization", epilog=epilog(*GEOLOCALIZATION_EXAMPLES))
 def geolocalization(
-    model: Model = DEFAULT_GEOLOCALIZER,
+    model: Geolocalizer = DEFAULT_GEOLOCALIZER,
     port: Port = None,
     share: Share = False,
     debug: Debug = False,
@@ -68,3 +66,7 @@ def geolocalization(
     page = build_demo(model)
     print("serving until Ctrl-C", file=sys.stderr)
     serve(page, port, share, ZOOM_SCRIPT)
+
+
+add_command(app, "generation", generation, EXAMPLES)
+add_command(app, "geolocalization", geolocalization, GEOLOCALIZATION_EXAMPLES)
