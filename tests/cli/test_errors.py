@@ -180,12 +180,6 @@ def test_export_errors(fails, tiny_model_dir, tmp_path):
     assert f"geobased convert {OFFICIAL} DST" in fails("export", OFFICIAL, tmp_path / "out")
 
 
-def test_push_without_network(fails, tiny_model_dir):
-    sentence = fails("push", tiny_model_dir, "me/tiny", code=1)
-    assert "was not pushed to me/tiny" in sentence and "HF_HUB_OFFLINE is set" in sentence
-    assert "me/a/b" in fails("push", tiny_model_dir, "me/a/b")
-
-
 def test_recall_errors(fails, tiny_model_dir, tmp_path):
     assert "there is no folder" in fails("recall", "gazetteer", "-m", tiny_model_dir, "--plot", tmp_path / "no" / "x.png")
     assert "--split 'test'" in fails("recall", "gazetteer", "--write-documents", tmp_path / "x.jsonl", "--split", "test")

@@ -160,8 +160,10 @@ def count_parameters(folder: Path) -> int:
 
 def name_repository(card: str, names: list[str], repo_id: str) -> str:
     """The card with examples that load `repo_id` where they loaded a folder or another name."""
-    for name in names:
-        card = re.sub(rf'(from_pretrained\(|model=)"{re.escape(name)}"', rf'\1"{repo_id}"', card)
+    heading = re.search(r"^# (.+)$", card, re.MULTILINE)  # new cards call the model so in their examples too
+    for name in dict.fromkeys([*names, heading.group(1).strip()] if heading else names):
+        card = re.sub(rf'(from_pretrained\(|model=)"{re.escape(name)}"', lambda found: f'{found.group(1)}"{repo_id}"', card)
+        card = re.sub(rf"--model {re.escape(name)}(?=[\s`])", lambda found: f"--model {repo_id}", card)
     return card
 
 

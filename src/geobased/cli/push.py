@@ -210,8 +210,10 @@ def _prepare_space(source: str, folder: Path, work: Path, staged: Path, model: s
         return stage(folder, staged, "space")
     if source not in VARIABLES:
         raise CommandError(f"there is no folder {source!r}, and no Space of that name ships; there are: {', '.join(VARIABLES)}")
-    if model is not None and resolve_model(model) != model and Path(model).expanduser().exists():
+    if model is not None and Path(model).expanduser().is_dir():
         raise CommandError(f"a Space cannot read {model} on this machine: push that first, and give its Hub id as --model")
+    if model is not None:
+        resolve_model(model)  # refuses what is no name of a model
     written = work / source
     write_space(source, written, model, package)
     return stage(written, staged, "space")

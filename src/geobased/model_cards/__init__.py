@@ -1,7 +1,7 @@
 """Templates of model cards, in Markdown and Jinja2; the top of each file lists its variables.
 
-`based.md` is for language models, `geolocalization.md` for PIGEON, StreetCLIP and other CLIPs. Fill them from a model's config.json
-and from what `geobased train` and `geobased evaluate` write:
+`based.md` is for language models, `geolocalization.md` for PIGEON, StreetCLIP and other CLIPs. Fill them from a model's
+config.json and from what `geobased train` and `geobased evaluate` write:
 
     card_from_template("geolocalization", ModelCardData(license="apache-2.0"), model_name=..., repo_id=..., config=..., ...)
 """
