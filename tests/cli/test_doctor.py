@@ -107,6 +107,18 @@ def test_cache_that_cannot_be_written(geobased, healthy, monkeypatch):
     assert any("10 bytes are free" in note["what"] for note in report["notes"])
 
 
+def test_gpus_are_shown_and_a_driver_that_torch_cannot_use_is_noted(geobased, healthy, monkeypatch):
+    monkeypatch.setattr(doctor, "_driver", lambda: "570.1")
+    monkeypatch.setattr(doctor, "_built_for", lambda: "CPU")
+    monkeypatch.setattr(doctor, "_gpus", lambda: [])
+    result = geobased("doctor")
+    assert "none (driver 570.1; PyTorch built for CPU)" in result.stdout and "install a CUDA build of torch" in result.stdout
+    gpu = {"name": "H200", "memory_bytes": 150e9, "free_bytes": 140e9, "capability": "9.0"}
+    monkeypatch.setattr(doctor, "_gpus", lambda: [gpu])
+    result = geobased("doctor")
+    assert result.exit_code == 0 and "H200, 150.0 GB, 140.0 GB free, capability 9.0 (driver 570.1" in result.stdout
+
+
 def test_truncated_checkpoint_is_told(tiny_copy):
     weights = tiny_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

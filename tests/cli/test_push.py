@@ -100,7 +100,11 @@ def test_language_model_is_sent_with_its_code_and_a_card(geobased, sent, tiny_mo
     assert uploaded_with["commit_message"] == "Upload tiny with geobased" and uploaded_with["revision"] is None
     assert {"model.safetensors", "tokenizer.json", "modeling_based.py", "README.md"} <= set(files_of(sent.folder))
     card = ModelCard.load(sent.folder / "README.md")
-    assert (card.data.license, card.data.pipeline_tag, card.data.library_name) == ("apache-2.0", "text-generation", "transformers")
+    assert (card.data.license, card.data.pipeline_tag, card.data.library_name) == (
+        "apache-2.0",
+        "text-generation",
+        "transformers",
+    )
     assert 'from_pretrained("me/tiny", trust_remote_code=True)' in card.text and "3 layers (" in card.text
     assert str(tiny_model_dir) not in card.content and str(Path.home()) + "/" not in card.content
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny_model_dir, sent.folder))
