@@ -123,6 +123,30 @@ def test_dry_run_tells_files_sizes_and_card(geobased, dry, tiny_model_dir):
     assert all(name in text.stdout for name in report["files"]) and "problems: none" in text.stdout
 
 
+def test_the_hub_client_makes_one_commit_of_the_listed_files(geobased, dry, tiny_copy, monkeypatch):
+    (tiny_copy / ".env").write_text("secret")
+    listed = dry(tiny_copy, "me/tiny", "--license", "mit")["files"]
+    commits = []
+
+    class LocalApi(HfApi):
+        """The real client up to the requests."""
+
+        def create_repo(self, repo_id, **kwargs):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, repo_id, operations, **kwargs):
+            commits.append({operation.path_in_repo: operation.upload_info.size for operation in operations})
+            return SimpleNamespace(repo_url=f"https://huggingface.co/{repo_id}", pr_url=None)
+
+    monkeypatch.setattr(module, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.HfApi", LocalApi)
+    # with Xet newer clients upload in a pipeline of their own; without, all versions make a commit
+    monkeypatch.setattr("huggingface_hub.hf_api.is_xet_available", lambda: False, raising=False)
+    assert geobased("push", tiny_copy, "me/tiny", "--license", "mit").exit_code == 0
+    assert commits == [listed]
+
+
 @pytest.mark.parametrize("name", ["earthclip-mini", "earthclip-mini-clip"])
 def test_geolocalization_models_are_sent_with_their_code(geobased, sent, name):
     result = geobased("push", name, f"me/{name}", "--json")
@@ -164,6 +188,7 @@ def test_revision_pull_request_and_message(geobased, sent, tiny_model_dir):
     assert sent.list[1][1]["branch"] == "v2"
     assert sent.list[2][1]["revision"] == "v2" and sent.list[2][1]["commit_message"] == "Longer training"
     sent.list.clear()
+    assert "--create-pr and --revision" in geobased(*shared, "--create-pr").stderr and sent.list == []
     result = geobased(*shared[:5], "--create-pr")
     assert [name for name, _ in sent.list] == ["create_repo", "upload_folder"]
     assert sent.list[1][1]["create_pr"] is True and result.stdout.endswith("/discussions/1\n")
@@ -211,6 +236,21 @@ def test_evaluation_of_a_shipped_model_fills_a_new_card(dry):
     assert result["code"] == 0 and f"| median, km | {median:,.1f} (" in result["card"]
     assert ModelCard(result["card"]).data.license == "apache-2.0"  # of the card before
     assert 'model="me/places"' in result["card"]
+
+
+def test_models_of_other_kinds_need_a_card_of_their_own(fails, dry, tiny_model_dir, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "llama"
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in tiny_model_dir.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    assert "no card can be written for a model of type llama" in fails("push", folder, "me/llama", "--dry-run")
+    (folder / "README.md").write_text("---\nlicense: mit\npipeline_tag: text-generation\n---\n\n# Llama\n")
+    assert dry(folder, "me/llama")["code"] == 0
 
 
 def test_evaluation_given_by_name(dry, fails, tiny_pigeon_dir, tmp_path):
@@ -280,6 +320,7 @@ def spoil_shards(folder: Path) -> None:
         (lambda folder: (folder / "README.md").write_text("# No metadata\n"), "does not begin with metadata"),
         (spoil_yaml, "the metadata of README.md cannot be read"),
         (spoil_path, f"README.md names {SOMEBODYS}"),
+        (lambda folder: (folder / "notes.txt").write_text("hf_" + "a1" * 17), "notes.txt holds a token of the Hub"),
         (spoil_picture, "example.jpg carries EXIF data"),
         (lambda folder: (folder / "README.md").write_text("---\ntags: x\n---\n\nA model\n"), "README.md names no licence"),
     ],
@@ -338,8 +379,11 @@ def test_space_with_another_model(geobased, sent, monkeypatch, name, variable):
 
 def test_folder_of_a_space(dry, tmp_path):
     folder = Path(shutil.copytree(REPOSITORY / "spaces" / "generation", tmp_path / "mine"))
+    for name in ("packages.txt", "style.css", ".env"):
+        (folder / name).write_text("x")
     report = dry(folder, "me/demo")
     assert report["code"] == 0 and report["kind"] == "space"
+    assert {"packages.txt", "style.css", "app.py"} <= set(report["files"]) and report["left_out"] == {".env": "hidden"}
     text = (folder / "README.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(text.replace("colorTo: green", "colorTo: mauve").replace("app.py", "start.py"))
     report = dry(folder, "me/demo")
@@ -361,6 +405,7 @@ def test_push_errors(fails, tiny_model_dir, tmp_path):
     assert "is a language model" in fails("push", tiny_model_dir, "me/tiny", "--as", "pipeline", "--dry-run")
     assert "no Space of that name ships" in fails("push", "chess", "me/tiny", "--as", "space", "--dry-run")
     assert "push that first" in fails("push", "generation", "me/demo", "--model", tiny_model_dir, "--dry-run")
+    assert "a Space is described by its own" in fails("push", "generation", "me/demo", "--license", "mit", "--dry-run")
     assert "'magic'" in fails("push", tiny_model_dir, "me/tiny", "--card", "magic")
 
 

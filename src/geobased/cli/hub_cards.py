@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .errors import CommandError, one_line
-from .hub_files import CONFIG, PICTURES, read_json, weight_files
+from .hub_files import CONFIG, PICTURES, Upload, read_json, weight_files
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -31,20 +31,20 @@ def render_card(folder: Path, repo_id: str, license_id: str | None, evaluation_f
     """The text of a card for the model in `folder`.
 
     Args:
-        folder: of the model, as it will be uploaded.
+        folder: of the model, whole and as it will be uploaded.
         repo_id: where it will lie.
         license_id: such as "apache-2.0"; if None, that of `old_card`.
         evaluation_file: JSON of `geobased evaluate` or `geobased train pigeon`; if None, evaluation.json of the folder.
         old_card: a card whose licence, languages, base model, data sets and measured values are taken over.
 
-    Raises `CommandError` for an evaluation that is none.
+    Raises `CommandError` for an evaluation that is none, and for models other than BASED, PIGEON, StreetCLIP and CLIP.
     """
     from geobased.model_cards import card_from_template
 
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise CommandError(f"{folder / CONFIG} is no JSON object with a model_type: no card can be written for it")
     model_type = config["model_type"]
+    if model_type not in TAGS:
+        raise CommandError(f"no card can be written for a model of type {model_type}: give its folder a README.md")
     evaluation, evaluated_on = _evaluation(evaluation_file or folder / "evaluation.json", required=evaluation_file is not None)
     data = _card_data(model_type, repo_id, license_id, evaluation, old_card)
     log = read_json(folder / "training_log.json")
@@ -91,7 +91,7 @@ def _card_data(
         license=license_id or old.get("license"),
         library_name="transformers",
         pipeline_tag=TASKS.get(model_type, "zero-shot-image-classification"),
-        tags=list(TAGS.get(model_type, TAGS["clip"])),
+        tags=TAGS[model_type],
         **kept,
         **measured,
     )
@@ -167,10 +167,11 @@ def name_repository(card: str, names: list[str], repo_id: str) -> str:
     return card
 
 
-def card_problems(text: str, is_space: bool) -> list[str]:
-    """What the Hub would refuse or readers would miss, each with the fix; checked without the network."""
+def card_problems(upload: Upload) -> list[str]:
+    """What of the card the Hub would refuse or readers would miss, each with the fix; checked without the network."""
     from huggingface_hub import ModelCard, SpaceCard
 
+    text, is_space = upload.card, upload.kind == "space"
     if not text:
         return ["README.md is missing"]
     if not FRONT_MATTER.match(text):
@@ -190,7 +191,7 @@ def card_problems(text: str, is_space: bool) -> list[str]:
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         found.append("tags in README.md is no list of words")
     if is_space:
-        found += _space_problems(data)
+        found += _space_problems(data, upload.folder)
     elif not data.get("pipeline_tag"):
         found.append("README.md names no pipeline_tag, such as text-generation or image-classification")
     if not card.text.strip():
@@ -198,10 +199,12 @@ def card_problems(text: str, is_space: bool) -> list[str]:
     return found
 
 
-def _space_problems(data: dict[str, Any]) -> list[str]:
+def _space_problems(data: dict[str, Any], folder: Path) -> list[str]:
     found = []
     if data.get("sdk") not in SPACE_SDKS:
         found.append(f"sdk: {data.get('sdk')} in README.md is not one of {', '.join(SPACE_SDKS)}")
+    if (app := data.get("app_file")) and not (folder / str(app)).is_file():
+        found.append(f"{app} is missing: README.md names it as the Space's program")
     if not data.get("title"):
         found.append("README.md names no title")
     for name in ("colorFrom", "colorTo"):

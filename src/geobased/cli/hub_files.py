@@ -12,6 +12,7 @@ from typing import Any
 CARD, CONFIG, WEIGHTS, WEIGHTS_INDEX = "README.md", "config.json", "model.safetensors", "model.safetensors.index.json"
 # of these, strings that are paths on this machine are shortened, and answers about single images are left out
 RECORDS = ("config.json", "training_log.json", "evaluation.json")
+IMAGE_MODELS = ("pigeon", "streetclip", "clip")
 PER_IMAGE = ("images", "left_out")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 KEPT_SUFFIXES = (
@@ -30,6 +31,7 @@ LOCAL_PATH = re.compile(
     r"""(?<![\w.~:/%-])/(?:home|Users|root|mnt|media|tmp|var|srv|scratch|work|workspace|private|Volumes)/[^\s"'`)>,;:]+"""
     r"""|(?<![\w/])[A-Za-z]:\\{1,2}[\w .-]+\\[^\s"'`)>,;:]*"""
 )
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 
 
 @dataclass
@@ -41,12 +43,14 @@ class Upload:
         folder: holds exactly the files that are sent.
         left_out: file -> why it stays here.
         notes: what was changed on the way.
+        problems: what must be mended before it is sent, each with the fix.
     """
 
     kind: str
     folder: Path
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def repo_type(self) -> str:
@@ -80,7 +84,7 @@ def stage(source: Path, folder: Path, kind: str, records: Path | None = None) ->
         if records is not None and name not in found and (records / name).is_file():
             found[name] = records / name
     for name, path in found.items():
-        if why := _why_not(name):
+        if why := _why_not(name, kind):
             upload.left_out[name] = why
             continue
         target = folder / name
@@ -92,7 +96,7 @@ def stage(source: Path, folder: Path, kind: str, records: Path | None = None) ->
     return upload
 
 
-def _why_not(name: str) -> str | None:
+def _why_not(name: str, kind: str) -> str | None:
     parts, suffix = name.split("/"), Path(name).suffix.lower()
     if any(part.startswith(".") for part in parts):
         return "hidden"
@@ -100,11 +104,13 @@ def _why_not(name: str) -> str | None:
         return "compiled Python"
     if any(TRAINING_STATE.fullmatch(part) for part in parts):
         return "state of a training run"
+    if kind == "space":
+        return None  # programs bring all kinds of files
     if suffix in PICKLED:
         return "may run code when it is loaded; only safetensors are sent"
     if suffix in KEPT_SUFFIXES or parts[-1].partition(".")[0] in KEPT_NAMES:
         return None
-    return "of a kind that no model or Space reads"
+    return "of a kind that loading a model does not read"
 
 
 def _link(path: Path, target: Path) -> None:
@@ -156,18 +162,17 @@ def local_paths(text: str) -> list[str]:
     return [*dict.fromkeys([*here, *LOCAL_PATH.findall(text)])]
 
 
-def problems_of(upload: Upload) -> list[str]:
-    """What must be mended before `upload` is sent, each with the fix; empty if all is well."""
-    files = list(_walk(upload.folder))
+def content_problems(upload: Upload) -> list[str]:
+    """What the files tell that they must not, each with the fix."""
     found: list[str] = []
-    if upload.kind != "space":
-        found += _model_problems(upload)
-    for name, path in files:
+    for name, path in _walk(upload.folder):
         if path.suffix.lower() in PICTURES:
             found += _picture_problems(name, path)
         elif not NOT_SCANNED.fullmatch(name) and path.suffix != ".safetensors" and path.stat().st_size < MAX_SCANNED_BYTES:
             text = path.read_text(encoding="utf-8", errors="replace")
             found += [f"{name} names {place}, a path on this machine: remove it" for place in local_paths(text)]
+            if HUB_TOKEN.search(text):
+                found.append(f"{name} holds a token of the Hub: remove it, and make a new one")
     return found
 
 
@@ -182,7 +187,8 @@ def _picture_problems(name: str, path: Path) -> list[str]:
     return [f"{name} carries EXIF data, which may tell who took it and where: save it without"] if has_exif else []
 
 
-def _model_problems(upload: Upload) -> list[str]:
+def model_problems(upload: Upload) -> list[str]:
+    """What keeps a model or pipeline from being loaded, each with the fix."""
     folder = upload.folder
     if not (folder / CONFIG).is_file():
         return ["config.json is missing: this is not the folder of a saved model"]
@@ -193,7 +199,7 @@ def _model_problems(upload: Upload) -> list[str]:
     model_type = config["model_type"]
     if model_type != "pigeon":
         needed.append("tokenizer_config.json")
-    if model_type != "based":
+    if model_type in IMAGE_MODELS:
         needed.append("preprocessor_config.json")
     if upload.kind == "pipeline" and not config.get("custom_pipelines"):
         return ["config.json has no custom_pipelines: save the folder with the pipeline's save_pretrained"]

@@ -1,10 +1,8 @@
 """`geobased push`: models, pipelines and Spaces to the Hugging Face Hub."""
 
 import json
-import shutil
 import sys
 import tempfile
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +10,11 @@ import typer
 
 from .errors import BAD_INPUT, FAILURE, CommandError, one_line
 from .generate import format_bytes
-from .hub_files import CARD, CONFIG, Upload, problems_of, read_json, stage
-from .hub_spaces import VARIABLES, write_space
+from .hub_files import CARD, Upload
+from .hub_preparation import Card, Kind, Request, prepare
+from .hub_spaces import VARIABLES
 from .options import Debug, Json, complete_model
-from .sources import hub_is_reachable, loading, resolve_model
+from .sources import hub_is_reachable, offline_if
 
 EXAMPLES = (
     "geobased push ./my-model me/my-model --license apache-2.0 --dry-run",
@@ -24,19 +23,6 @@ EXAMPLES = (
     "geobased push ./my-model someone/their-model --create-pr --message 'Weights after 2,000 more steps'",
     "geobased push geolocalization me/where --model me/my-pigeon",
 )
-WITH_CODE = ("based", "pigeon", "streetclip")  # save_pretrained writes their code beside the weights
-DOWNLOADED = ("*.json", "*.safetensors", "*.md", "*.txt", "*.py", "*.png", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-
-
-class Kind(StrEnum):
-    model = "model"
-    pipeline = "pipeline"
-    space = "space"
-
-
-class Card(StrEnum):
-    keep = "keep"
-    overwrite = "overwrite"
 
 
 def complete_source(incomplete: str) -> list[str]:
@@ -64,13 +50,15 @@ def push(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the files, the card and what is wrong; use no network.")
+        bool, typer.Option("--dry-run", help="Show the files, the card and what is wrong, without the network.")
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
     revision: Annotated[
         str | None, typer.Option(help="The branch to commit to, made if it is new; main if not given.", show_default=False)
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request against main instead of committing.")
+    ] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
     card: Annotated[Card, typer.Option(help="What becomes of a README.md that the folder has.")] = Card.keep,
     license_id: Annotated[
@@ -114,11 +102,15 @@ def push(
     validate_repo_id(repo_id)
     if evaluation is not None and not evaluation.is_file():
         raise CommandError(f"there is no file {evaluation}")
+    if create_pr and revision is not None:
+        raise CommandError("--create-pr and --revision exclude each other: a pull request is opened against main")
     if not dry_run:
         _check_access(source, repo_id)
+    request = Request(source, repo_id, kind, card, license_id, evaluation, model, package)
     with tempfile.TemporaryDirectory() as work:
-        upload = _prepare(source, repo_id, kind, Path(work), card, license_id, evaluation, model, package)
-        problems = _problems(upload)
+        with offline_if(dry_run):
+            upload = prepare(request, Path(work))
+        problems = upload.problems
         settings = {
             "kind": upload.kind,
             "repo_type": upload.repo_type,
@@ -163,150 +155,6 @@ def _check_access(source: str, repo_id: str) -> None:
         raise CommandError("you are not logged in to the Hub: run `hf auth login` or set HF_TOKEN", FAILURE)
 
 
-def _prepare(
-    source: str,
-    repo_id: str,
-    kind: Kind | None,
-    work: Path,
-    card: Card,
-    license_id: str | None,
-    evaluation: Path | None,
-    model: str | None,
-    package: str | None,
-) -> Upload:
-    """Everything that will be sent, laid out under `work`."""
-    staged = work / "upload"
-    staged.mkdir()
-    folder = Path(source).expanduser()
-    is_space = kind is Kind.space or (kind is None and _is_space(source, folder))
-    if not is_space and (model is not None or package is not None):
-        raise CommandError("--model and --package are for Spaces; SOURCE is the model that is pushed")
-    if is_space:
-        return _prepare_space(source, folder, work, staged, model, package)
-    from geobased.training.run_control import FINAL_FOLDER
-
-    called = source
-    source = resolve_model(source)
-    folder = _local_folder(called, source)
-    complete = _with_code(called, folder, work / repo_id.rpartition("/")[2], kind is Kind.pipeline)
-    is_pipeline = bool((read_json(complete / CONFIG) or {}).get("custom_pipelines"))
-    if kind is Kind.model and is_pipeline:
-        raise CommandError(f"{called} is a saved pipeline: push it without --as, or with --as pipeline")
-    # `geobased train` writes the model into a folder of that name, and what it measured beside it
-    records = folder.resolve().parent if folder.resolve().name == FINAL_FOLDER else None
-    upload = stage(complete, staged, "pipeline" if is_pipeline else "model", records)
-    _write_card(upload, folder, complete, repo_id, card, license_id, evaluation)
-    return upload
-
-
-def _is_space(source: str, folder: Path) -> bool:
-    return (folder / "app.py").is_file() or (source in VARIABLES and not folder.is_dir())
-
-
-def _prepare_space(source: str, folder: Path, work: Path, staged: Path, model: str | None, package: str | None) -> Upload:
-    if folder.is_dir():
-        if model is not None or package is not None:
-            raise CommandError(f"--model and --package are for the Spaces that ship ({', '.join(VARIABLES)}), not for a folder")
-        return stage(folder, staged, "space")
-    if source not in VARIABLES:
-        raise CommandError(f"there is no folder {source!r}, and no Space of that name ships; there are: {', '.join(VARIABLES)}")
-    if model is not None and Path(model).expanduser().is_dir():
-        raise CommandError(f"a Space cannot read {model} on this machine: push that first, and give its Hub id as --model")
-    if model is not None:
-        resolve_model(model)  # refuses what is no name of a model
-    written = work / source
-    write_space(source, written, model, package)
-    return stage(written, staged, "space")
-
-
-def _local_folder(called: str, source: str) -> Path:
-    """The folder of a model; one of the Hub is downloaded, or taken from the cache."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    with loading(called, source):
-        return Path(snapshot_download(source, allow_patterns=list(DOWNLOADED)))
-
-
-def _with_code(called: str, folder: Path, destination: Path, as_pipeline: bool) -> Path:
-    """A folder that holds the model with its code, and the pipeline's if wanted: `folder` itself if it does."""
-    config = read_json(folder / CONFIG) or {}
-    model_type = config.get("model_type")
-    has_pipeline = bool(config.get("custom_pipelines"))
-    if as_pipeline and model_type == "based":
-        raise CommandError(f"{called} is a language model: --as pipeline is for image geolocalization")
-    if has_pipeline or (not as_pipeline and (config.get("auto_map") or model_type not in WITH_CODE)):
-        return folder
-    with loading(called, str(folder)):
-        _save_with_code(folder, destination, model_type, as_pipeline)
-    # what the model does not write itself, such as the card, a tokenizer, an image processor and pictures
-    for path in folder.iterdir():
-        if path.is_file() and not (destination / path.name).exists() and path.suffix != ".safetensors":
-            shutil.copyfile(path, destination / path.name)
-    return destination
-
-
-def _save_with_code(folder: Path, destination: Path, model_type: Any, as_pipeline: bool) -> None:
-    from transformers import AutoModel, pipeline
-
-    if as_pipeline:
-        from geobased.pipelines import ImageGeolocalizationPipeline
-
-        task: Any = "image-geolocalization"
-        pipe = pipeline(task, model=str(folder), pipeline_class=ImageGeolocalizationPipeline, device="cpu", dtype="auto")
-        pipe.save_pretrained(destination)
-    elif model_type == "based":
-        from geobased.modeling_based.export import export_model
-
-        export_model(folder, destination)
-        if not (folder / CARD).is_file():
-            (destination / CARD).unlink()  # the one that comes next says more
-    else:
-        AutoModel.from_pretrained(folder, dtype="auto").save_pretrained(destination)
-
-
-def _write_card(
-    upload: Upload,
-    folder: Path,
-    complete: Path,
-    repo_id: str,
-    card: Card,
-    license_id: str | None,
-    evaluation: Path | None,
-) -> None:
-    from huggingface_hub import ModelCard
-
-    from .hub_cards import FRONT_MATTER, name_repository, render_card
-
-    path, text = upload.folder / CARD, upload.card
-    if text and card is Card.keep:
-        text = name_repository(text, [folder.name, str(folder), complete.name], repo_id)
-        if license_id is not None and FRONT_MATTER.match(text):
-            changed = ModelCard(text)
-            changed.data["license"] = license_id
-            text = str(changed)
-        if evaluation is not None:
-            upload.notes.append("--evaluation is for a new card: README.md is kept, give --card overwrite to use it")
-    else:
-        text = render_card(upload.folder, repo_id, license_id, evaluation, old_card=text)
-    path.unlink(missing_ok=True)  # a link to the folder's own
-    path.write_text(text, encoding="utf-8")
-
-
-def _problems(upload: Upload) -> list[str]:
-    from .hub_cards import card_problems
-
-    found = problems_of(upload) + card_problems(upload.card, upload.kind == "space")
-    if upload.kind == "space":
-        from huggingface_hub import SpaceCard
-
-        app = "app.py" if found else SpaceCard(upload.card).data.get("app_file")
-        if app and not (upload.folder / app).is_file():
-            found.append(f"{app} is missing: README.md names it as the Space's program")
-    return found
-
-
 def _send(upload: Upload, settings: dict[str, Any], source: str) -> str:
     """Uploads and returns the address of the pull request, or of the repository."""
     from huggingface_hub import HfApi
@@ -322,7 +170,7 @@ def _send(upload: Upload, settings: dict[str, Any], source: str) -> str:
             exist_ok=True,
             space_sdk=_space_sdk(upload) if upload.kind == "space" else None,
         )
-        if settings["revision"] is not None and not settings["create_pr"]:
+        if settings["revision"] is not None:
             api.create_branch(made.repo_id, branch=settings["revision"], repo_type=repo_type, exist_ok=True)
         commit = api.upload_folder(
             repo_id=made.repo_id,
