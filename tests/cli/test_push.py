@@ -125,14 +125,16 @@ def test_dry_run_tells_files_sizes_and_card(geobased, dry, tiny_model_dir):
 
 def test_the_hub_client_makes_one_commit_of_the_listed_files(geobased, dry, tiny_copy, monkeypatch):
     (tiny_copy / ".env").write_text("secret")
-    listed = dry(tiny_copy, "me/tiny", "--license", "mit")["files"]
-    commits = []
+    report, commits, cards = dry(tiny_copy, "me/tiny", "--license", "mit"), [], []
 
     class LocalApi(HfApi):
         """The real client up to the requests."""
 
         def create_repo(self, repo_id, **kwargs):
             return SimpleNamespace(repo_id=repo_id)
+
+        def _validate_yaml(self, content, **kwargs):
+            cards.append(content)  # the Hub would check its metadata
 
         def create_commit(self, repo_id, operations, **kwargs):
             commits.append({operation.path_in_repo: operation.upload_info.size for operation in operations})
@@ -143,8 +145,9 @@ def test_the_hub_client_makes_one_commit_of_the_listed_files(geobased, dry, tiny
     monkeypatch.setattr("huggingface_hub.HfApi", LocalApi)
     # with Xet newer clients upload in a pipeline of their own; without, all versions make a commit
     monkeypatch.setattr("huggingface_hub.hf_api.is_xet_available", lambda: False, raising=False)
-    assert geobased("push", tiny_copy, "me/tiny", "--license", "mit").exit_code == 0
-    assert commits == [listed]
+    result = geobased("push", tiny_copy, "me/tiny", "--license", "mit")
+    assert result.exit_code == 0, result.stderr
+    assert commits == [report["files"]] and cards == [report["card"]]
 
 
 @pytest.mark.parametrize("name", ["earthclip-mini", "earthclip-mini-clip"])
