@@ -1,0 +1,24 @@
+"""Trained models that ship with the package, one folder each."""
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+
+def shipped_checkpoints() -> list[str]:
+    """Names of the trained models that ship with this package."""
+    return sorted(path.parent.name for path in _FOLDER.glob("*/config.json"))
+
+
+def checkpoint_path(name: str = "based-mini") -> str:
+    """Folder of a trained model that ships with this package; `from_pretrained` loads it without a network.
+
+    Raises `ValueError` if there is no such model; the message lists those there are.
+    """
+    names = shipped_checkpoints()
+    if name not in names:
+        raise ValueError(f"no checkpoint named {name!r} ships with geobased; there are: {', '.join(names) or 'none'}")
+    return str(_FOLDER / name)
+
+
+__all__ = ["checkpoint_path", "shipped_checkpoints"]

@@ -4,14 +4,12 @@ Importing this package registers its models (BASED, StreetCLIP, PIGEON) with tra
 `attn_implementation="geobased"` for all models. Geocells, training, recall and the command line load on first use.
 """
 
-from pathlib import Path
-
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from . import checkpoints
 from ._version import __version__
 from .attention_interface import register_attention
+from .checkpoints import checkpoint_path, shipped_checkpoints
 from .modeling_based import (
     BasedCache,
     BasedConfig,
@@ -29,8 +27,6 @@ from .modeling_pigeon import (
 )
 from .modeling_streetclip import StreetCLIPConfig, StreetCLIPModel, register_streetclip
 from .pipelines import ContextQuestionAnsweringPipeline, ImageGeolocalizationPipeline
-
-_CHECKPOINTS = Path(checkpoints.__file__).parent
 
 AutoConfig.register("based", BasedConfig, exist_ok=True)
 BasedConfig.register_for_auto_class()
@@ -58,23 +54,6 @@ PIPELINE_REGISTRY.register_pipeline(
     pt_model=AutoModel,
     type="image",
 )
-
-
-def shipped_checkpoints() -> list[str]:
-    """Names of the trained models that ship with this package."""
-    return sorted(path.parent.name for path in _CHECKPOINTS.glob("*/config.json"))
-
-
-def checkpoint_path(name: str = "based-mini") -> str:
-    """Folder of a trained model that ships with this package; `from_pretrained` loads it without a network.
-
-    Raises `ValueError` if there is no such model; the message lists those there are.
-    """
-    names = shipped_checkpoints()
-    if name not in names:
-        raise ValueError(f"no checkpoint named {name!r} ships with geobased; there are: {', '.join(names) or 'none'}")
-    return str(_CHECKPOINTS / name)
-
 
 __all__ = [
     "AutoModelForImageGeolocalization",

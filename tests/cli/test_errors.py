@@ -180,12 +180,6 @@ def test_export_errors(fails, tiny_model_dir, tmp_path):
     assert f"geobased convert {OFFICIAL} DST" in fails("export", OFFICIAL, tmp_path / "out")
 
 
-def test_push_without_network(fails, tiny_model_dir):
-    sentence = fails("push", tiny_model_dir, "me/tiny", code=1)
-    assert "was not pushed to me/tiny" in sentence and "HF_HUB_OFFLINE is set" in sentence
-    assert "me/a/b" in fails("push", tiny_model_dir, "me/a/b")
-
-
 def test_recall_errors(fails, tiny_model_dir, tmp_path):
     assert "there is no folder" in fails("recall", "gazetteer", "-m", tiny_model_dir, "--plot", tmp_path / "no" / "x.png")
     assert "--split 'test'" in fails("recall", "gazetteer", "--write-documents", tmp_path / "x.jsonl", "--split", "test")
@@ -193,8 +187,11 @@ def test_recall_errors(fails, tiny_model_dir, tmp_path):
 
 def test_train_errors(fails, geobased, tmp_path):
     assert "config" in fails("train", "lm", "--output_dir", tmp_path / "run")
-    result = geobased("train", "lm", "--nonsense", 3)
-    assert result.exit_code == 2
+    sentence = fails("train", "lm", "--output_dir", tmp_path / "run", "--nonsense", 3)
+    assert "No such option or argument: --nonsense (see `geobased train lm --help`)" in sentence
+    assert "--data" in fails("train", "pigeon-embeddings")
+    result = geobased("train", "pigeon-embeddings", "--json")
+    assert result.exit_code == 2 and "--model" in json.loads(result.stdout)["error"]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +206,7 @@ def test_train_errors(fails, geobased, tmp_path):
         (torch.OutOfMemoryError("too much"), 1, "out of memory: too much"),
         (KeyError("x"), 1, "KeyError: 'x' (run again with --debug for the traceback)"),
         (ModuleNotFoundError("no", name="trl.core"), 1, 'pip install "geobased[train]"'),
+        (RuntimeError("operator torchvision::nms does not exist"), 1, "`geobased doctor` tells what to do"),
         (ModuleNotFoundError("no", name="unheard_of"), 1, "pip install unheard_of"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL_HELP, Debug, epilog, show_help
+from .options import Debug, Model, add_command, show_help
 from .sources import DEFAULT_GEOLOCALIZER, DEFAULT_MODEL
 
 app = typer.Typer(callback=show_help, invoke_without_command=True, help="Serve a web page that tries a model out.")
@@ -33,9 +33,8 @@ Mcp = Annotated[
 ]
 
 
-@app.command("generation", epilog=epilog(*EXAMPLES))
 def generation(
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     attention_model: Annotated[
         str | None,
         typer.Option(
@@ -63,7 +62,6 @@ def generation(
     serve(page, port, share, mcp=mcp)
 
 
-@app.command("geolocalization", epilog=epilog(*GEOLOCALIZATION_EXAMPLES))
 def geolocalization(
     model: Annotated[
         list[str] | None,
@@ -93,3 +91,7 @@ def geolocalization(
     page = build_demo(model or DEFAULT_GEOLOCALIZER)
     print("serving until Ctrl-C", file=sys.stderr)
     serve_demo(page, port, share, mcp)
+
+
+add_command(app, "generation", generation, EXAMPLES)
+add_command(app, "geolocalization", geolocalization, GEOLOCALIZATION_EXAMPLES)

@@ -74,6 +74,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return one_line(error), BAD_INPUT if wrong_path or error.errno is None else FAILURE
     if isinstance(error, ValueError):
         return one_line(error), BAD_INPUT
+    if "torchvision" in str(error):  # transformers imports it where it is installed, whether it fits torch or not
+        return f"{one_line(error)}: this torchvision does not fit torch; `geobased doctor` tells what to do", FAILURE
     if _is_out_of_memory(error):
         return f"the device is out of memory: {one_line(error)}", FAILURE
     return f"{type(error).__name__}: {one_line(error)} (run again with --debug for the traceback)", FAILURE
@@ -89,6 +91,5 @@ def _missing_package(error: ModuleNotFoundError) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
+    torch = sys.modules.get("torch")  # what is not loaded raised nothing
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from geobased.whole_file import whole_file
 
 from .errors import CommandError
 from .locate import BatchSize, Beam, Dtype, Levels, Model, Threads, load_geolocalizer, locate_images
-from .options import Debug, Device
+from .options import Debug, Device, Json
 from .sources import DEFAULT_GEOLOCALIZER
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from geobased.geography.evaluation import EvaluationResult
     from geobased.modeling_streetclip.candidate_ceiling import CandidateCeiling
     from geobased.pipelines import ImageGeolocalizationPipeline
@@ -44,7 +45,7 @@ class ImageList:
     """Images of known places: paths, coordinates [n, 2] as (latitude, longitude), country codes and regions where told."""
 
     images: list[str]
-    coordinates: np.ndarray
+    coordinates: "np.ndarray"
     countries: list[str | None]
     regions: list[str | None]
 
@@ -70,7 +71,7 @@ def evaluate(
         bool,
         typer.Option("--ceiling", help="Only tell how near the model's candidates lie to the true places; reads no image."),
     ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_output: Json = False,
     html: Annotated[Path | None, typer.Option(help="Write a report with curves and a map.", show_default=False)] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write all numbers and each image's answer as JSON.", show_default=False)
@@ -179,6 +180,8 @@ def read_list(table: Path, folder: Path | None = None) -> ImageList:
     Raises `CommandError` that names the line and the fix for a file that is none, a missing column, coordinates that are no
     places, and a country that nobody calls so.
     """
+    import numpy as np
+
     from geobased.geography.coordinates import check_coordinates
     from geobased.geography.gazetteer import find_country
 
@@ -229,10 +232,12 @@ def _measure(
     pipe: "ImageGeolocalizationPipeline",
     listed: ImageList,
     answers: list[dict[str, Any]],
-    nearest: np.ndarray,
+    nearest: "np.ndarray",
     bootstrap: int,
     seed: int,
 ) -> "EvaluationResult":
+    import numpy as np
+
     from geobased.geography import evaluation
     from geobased.geography.gazetteer import countries, find_country
     from geobased.geography.geocell_collection import Geocells

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import INTERRUPTED, CommandError
-from .options import MODEL_HELP, Debug, Device
+from .options import Debug, Device, Json, Model
 from .sources import DEFAULT_MODEL, load_model, load_tokenizer, parse_device, parse_dtype, quiet_transformers, resolve_model
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Generation:
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from standard input.")],
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")] = 100,
     do_sample: Annotated[
         bool | None,
@@ -83,7 +83,7 @@ def generate(
         str, typer.Option(help="auto, float32, bfloat16, float16 or float64; auto: the checkpoint's, on a CPU float32.")
     ] = "auto",
     device: Device = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+    json_output: Json = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with a model of an unknown type.")
     ] = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import BAD_INPUT, CommandError
-from .options import Debug, Device
+from .options import Debug, Device, Json, complete_model
 from .sources import DEFAULT_GEOLOCALIZER, loading, parse_device, parse_dtype, quiet_transformers, resolve_model
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ Model = Annotated[
         "-m",
         help="A shipped model, a folder or a Hub id: PIGEON, StreetCLIP or another CLIP. The default is for pictures from space;"
         " geolocal/StreetCLIP is for photos.",
+        autocompletion=complete_model,
     ),
 ]
 Levels = Annotated[
@@ -59,10 +60,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; au
 
 
 def locate(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files or URLs.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files or URLs, one or many.")],
     model: Model = DEFAULT_GEOLOCALIZER,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Places to show of each image.")] = 5,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    json_output: Json = False,
     map_file: Annotated[
         Path | None, typer.Option("--map", help="Draw a map: .html (opens offline) or .png.", show_default=False)
     ] = None,

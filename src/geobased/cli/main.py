@@ -1,38 +1,60 @@
 """The `geobased` command."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from . import conversion, demo, doctor, evaluate, generate, locate, recall, train, train_geolocation
+from . import conversion, demo, doctor, evaluate, generate, locate, push, recall, train, train_geolocation
 from .errors import ClearErrorsGroup
-from .options import EXIT_CODES, epilog, show_help
+from .options import EXIT_CODES, add_command, show_help
+
+LANGUAGE, PLACES, BOTH, SHARING = "Language models", "Geolocalization", "Language models and geolocalization", "Setup and sharing"
+READ_ON = f"""\b
+Read on:
+  geobased COMMAND --help   options and examples of a command
+  geobased doctor           whether all is set up here, and how to mend what is not
+  README.md, docs/          in the source: models, kernels, measurements, limits
+
+{EXIT_CODES}"""
+
+
+class GroupedHelp(ClearErrorsGroup):
+    """Shows the commands under headings."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for heading in (LANGUAGE, PLACES, BOTH, SHARING):
+            with formatter.section(heading):
+                commands = [pair for pair in self.commands.items() if getattr(pair[1], "rich_help_panel", None) == heading]
+                # whole sentences, over several lines if need be
+                formatter.write_dl([(name, command.get_short_help_str(200)) for name, command in commands])
+
 
 app = typer.Typer(
-    cls=ClearErrorsGroup,
+    cls=GroupedHelp,
     rich_markup_mode=None,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    epilog=EXIT_CODES,
+    epilog=READ_ON,
     invoke_without_command=True,
 )
-app.command("generate", epilog=epilog(*generate.EXAMPLES))(generate.generate)
-app.command("locate", epilog=epilog(*locate.EXAMPLES))(locate.locate)
-app.command("evaluate", epilog=epilog(*evaluate.EXAMPLES))(evaluate.evaluate)
-app.command("convert", epilog=epilog(*conversion.CONVERT_EXAMPLES))(conversion.convert)
-app.command("export", epilog=epilog(*conversion.EXPORT_EXAMPLES))(conversion.export)
-app.command("push", epilog=epilog(*conversion.PUSH_EXAMPLES))(conversion.push)
-app.command("doctor", epilog=epilog(*doctor.EXAMPLES))(doctor.doctor)
-train_geolocation.register(train.app)
-app.add_typer(train.app, name="train", epilog=EXIT_CODES)
-app.add_typer(recall.app, name="recall", epilog=EXIT_CODES)
-app.add_typer(demo.app, name="demo", epilog=EXIT_CODES)
+add_command(app, "generate", generate.generate, generate.EXAMPLES, LANGUAGE)
+app.add_typer(recall.app, name="recall", epilog=EXIT_CODES, rich_help_panel=LANGUAGE)
+add_command(app, "convert", conversion.convert, conversion.CONVERT_EXAMPLES, LANGUAGE)
+add_command(app, "export", conversion.export, conversion.EXPORT_EXAMPLES, LANGUAGE)
+add_command(app, "locate", locate.locate, locate.EXAMPLES, PLACES)
+add_command(app, "evaluate", evaluate.evaluate, evaluate.EXAMPLES, PLACES)
+train_geolocation.register()
+app.add_typer(train.app, name="train", epilog=EXIT_CODES, rich_help_panel=BOTH)
+app.add_typer(demo.app, name="demo", epilog=EXIT_CODES, rich_help_panel=BOTH)
+# tells also why geobased's models cannot be registered, if they cannot
+add_command(app, "doctor", doctor.doctor, doctor.EXAMPLES, SHARING, cls=TyperCommand)
+add_command(app, "push", push.push, push.EXAMPLES, SHARING)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from geobased import __version__
+        from geobased._version import __version__
 
         print(f"geobased {__version__}")
         raise typer.Exit()
@@ -46,12 +68,20 @@ def geobased(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """BASED language models and image geolocalization: generate, locate, convert, export, train and measure."""
+    """BASED language models and image geolocalization.
+
+    Two models ship with the package; these run at once, without a network:
+
+    \b
+      geobased generate "The population of Lund is 94,393. Question: What is the population of Lund? Answer:"
+      geobased locate picture-from-space.png --map map.html
+      geobased demo generation
+    """
     show_help(context)
 
 
 def main() -> None:
-    """Entry point of the `geobased` script."""
+    """Runs the command that the process was started with; the `geobased` script comes here by `geobased_command`."""
     # text may hold characters that the terminal's encoding lacks
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     app()

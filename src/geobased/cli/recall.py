@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import CommandError
-from .options import MODEL_HELP, Debug, Device, epilog, show_help
+from .options import Debug, Device, Json, Model, add_command, show_help
 from .sources import DEFAULT_MODEL, load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
 
 app = typer.Typer(callback=show_help, invoke_without_command=True, help="Measure recall from what stands in the context.")
@@ -22,9 +22,8 @@ EXAMPLES = (
 NUM_EVALUATED, NUM_WRITTEN = 200, 10_000
 
 
-@app.command("gazetteer", epilog=epilog(*EXAMPLES))
 def gazetteer(
-    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     num_documents: Annotated[
         int | None,
         typer.Option(min=1, help=f"Documents; {NUM_EVALUATED} to evaluate, {NUM_WRITTEN} to write.", show_default=False),
@@ -36,7 +35,7 @@ def gazetteer(
     batch_size: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 16,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Device = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_output: Json = False,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw: recall over distance.", show_default=False)] = None,
     write_documents: Annotated[
         Path | None,
@@ -84,6 +83,9 @@ def gazetteer(
     }
     report = {"arguments": settings | sizes, "recall": recall.to_dict()}
     print(json.dumps(_without_nan(report)) if json_output else _table(model, report["recall"]))
+
+
+add_command(app, "gazetteer", gazetteer, EXAMPLES)
 
 
 def _write_documents(path: Path, num_documents: int, split: str, sizes: dict[str, Any]) -> dict[str, Any]:

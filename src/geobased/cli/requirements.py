@@ -1,12 +1,16 @@
 """What the installed package says it needs, and which of that is there."""
 
 from importlib import metadata
+from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
-def requirements(extra: str | None = None) -> list[Requirement]:
+def requirements(extra: str | None = None) -> "list[Requirement]":
     """Requirements of geobased itself, or of one of its extras alone; those for other systems are left out."""
+    from packaging.requirements import Requirement
+
     found = []
     for line in metadata.requires("geobased") or []:
         requirement = Requirement(line)
@@ -33,7 +37,7 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def unmet(requirement: Requirement) -> str | None:
+def unmet(requirement: "Requirement") -> str | None:
     """What is wrong with a requirement, in words, or None."""
     version = installed_version(requirement.name)
     if version is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from geobased import shipped_checkpoints
+from geobased.checkpoints import checkpoint_path, shipped_checkpoints
 
 from .errors import BAD_INPUT, FAILURE, CommandError, one_line
 
@@ -27,15 +27,13 @@ HUB_TIMEOUT_SECONDS = 3.0
 
 def resolve_model(model: str) -> str:
     """A folder, the folder of a shipped checkpoint, or a Hub id as it is."""
-    import geobased
-
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path)
     if path.is_file():
         raise CommandError(f"{model} is a file: give the folder that holds config.json and the weights")
     if model in shipped_checkpoints():
-        return geobased.checkpoint_path(model)
+        return checkpoint_path(model)
     if model in (DEFAULT_MODEL, DEFAULT_GEOLOCALIZER):
         raise CommandError(f"the checkpoint {model} is missing from this installation: give --model a folder or a Hub id")
     check_hub_id(model)

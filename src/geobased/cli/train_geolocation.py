@@ -1,12 +1,10 @@
 """`geobased train streetclip`, `pigeon` and `pigeon-embeddings`: each hands its arguments to a training module."""
 
-import json
 from typing import Any
 
 import typer
 
-from .options import epilog
-from .train import PASS_THROUGH, _HelpFormatter
+from .train import add_training, run_training
 
 STREETCLIP_EXAMPLES = (
     "geobased train streetclip --model openai/clip-vit-base-patch32 --data photos.csv --output_dir runs/streetclip"
@@ -26,53 +24,37 @@ EMBEDDINGS_EXAMPLES = (
 SUMMARY = ("parameters", "steps", "stopped_early", "seconds", "split", "prototypes", "metrics")
 
 
-def _parse(context: typer.Context, arguments_class: type, examples: tuple[str, ...]) -> Any:
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(
-        arguments_class,  # type: ignore[arg-type]
-        prog=context.command_path,
-        description=context.command.help,
-        epilog=epilog(*examples).replace("\b\n", ""),
-        formatter_class=_HelpFormatter,
-    )
-    (arguments,) = parser.parse_args_into_dataclasses(args=context.args)
-    return arguments
-
-
-def _print_summary(log: dict[str, Any]) -> None:
-    print(json.dumps({key: value for key, value in log.items() if key in SUMMARY}, indent=1, ensure_ascii=False))
+def _summary(log: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in log.items() if key in SUMMARY}
 
 
 def streetclip(context: typer.Context) -> None:
     """Pretrain StreetCLIP: CLIP on images and captions of their places, with blocks of the Earth held out."""
-    from geobased.training import streetclip_pretraining
+    from geobased.training import streetclip_pretraining as module
 
-    arguments = _parse(context, streetclip_pretraining.StreetCLIPArguments, STREETCLIP_EXAMPLES)
-    _print_summary(streetclip_pretraining.train(arguments))
+    run_training(context, module.StreetCLIPArguments, lambda given: _summary(module.train(given)), STREETCLIP_EXAMPLES)
 
 
 def pigeon(context: typer.Context) -> None:
     """Train PIGEON's heads on a frozen or fine-tuned tower, from images or precomputed embeddings, with blocks held out."""
-    from geobased.training import pigeon_training
+    from geobased.training import pigeon_training as module
 
-    arguments = _parse(context, pigeon_training.PigeonArguments, PIGEON_EXAMPLES)
-    _print_summary(pigeon_training.train(arguments))
+    run_training(context, module.PigeonArguments, lambda given: _summary(module.train(given)), PIGEON_EXAMPLES)
 
 
 def pigeon_embeddings(context: typer.Context) -> None:
     """Compute the embeddings of images once, for `geobased train pigeon --embeddings`; an interrupted run goes on."""
     from geobased.training import pigeon_embeddings as module
 
-    result = module.embed(_parse(context, module.PigeonEmbeddingArguments, EMBEDDINGS_EXAMPLES))
-    print(json.dumps(result | {"skipped": len(result["skipped"])}, indent=1))
+    def work(arguments: Any) -> dict[str, Any]:
+        result = module.embed(arguments)
+        return result | {"skipped": len(result["skipped"])}
+
+    run_training(context, module.PigeonEmbeddingArguments, work, EMBEDDINGS_EXAMPLES)
 
 
-def register(app: typer.Typer) -> None:
+def register() -> None:
     """Adds the commands to `geobased train`."""
-    for name, command, examples in (
-        ("streetclip", streetclip, STREETCLIP_EXAMPLES),
-        ("pigeon", pigeon, PIGEON_EXAMPLES),
-        ("pigeon-embeddings", pigeon_embeddings, EMBEDDINGS_EXAMPLES),
-    ):
-        app.command(name, context_settings=PASS_THROUGH, add_help_option=False, epilog=epilog(*examples))(command)
+    add_training("streetclip", streetclip, STREETCLIP_EXAMPLES)
+    add_training("pigeon", pigeon, PIGEON_EXAMPLES)
+    add_training("pigeon-embeddings", pigeon_embeddings, EMBEDDINGS_EXAMPLES)
