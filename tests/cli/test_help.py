@@ -73,7 +73,7 @@ def test_help_and_wrong_usage_import_nothing_heavy(arguments):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     loaded = set(result.stdout.splitlines()[-1].split())
     assert "typer" in loaded
-    assert not loaded & {"torch", "transformers", "numpy", "huggingface_hub", "rich", "PIL"}
+    assert not loaded & {"torch", "transformers", "numpy", "huggingface_hub", "PIL"}
 
 
 def test_a_command_started_lightly_knows_the_models(tiny_model_dir):

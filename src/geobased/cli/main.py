@@ -75,7 +75,6 @@ def geobased(
     \b
       geobased generate "The population of Lund is 94,393. Question: What is the population of Lund? Answer:"
       geobased locate picture-from-space.png --map map.html
-      geobased demo generation
     """
     show_help(context)
 
