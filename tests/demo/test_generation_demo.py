@@ -279,7 +279,7 @@ def test_mcp_without_its_extra_is_a_sentence(tiny_model_dir, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "mcp" else find_spec(name, *rest))
     result = CliRunner().invoke(app, ["demo", "generation", "--model", str(tiny_model_dir), "--mcp"])
     assert result.exit_code == 1
-    assert 'error: --mcp needs the package mcp, which is not installed: pip install "geobased[mcp]"' in result.stderr
+    assert result.stderr == 'error: --mcp needs mcp, which is not installed: pip install "geobased[demo,mcp]"\n'
 
 
 def test_nothing_is_lost_with_64_clients_at_once(client):

@@ -55,8 +55,10 @@ def generation(
     """
     # here, not above: gradio takes seconds to import, and is an extra
     from geobased.demo.generation import build_demo
-    from geobased.demo.serving import serve
+    from geobased.demo.serving import check_mcp, serve
 
+    if mcp:
+        check_mcp()
     page = build_demo(model, attention_model)
     print("serving until Ctrl-C", file=sys.stderr)
     serve(page, port, share, mcp=mcp)

@@ -132,9 +132,9 @@ def test_commands(clip, photos, geocells, tmp_path, capsys):
             app([str(part) for part in command])
         return end.value.code, capsys.readouterr().out
 
-    code, text = call("train", "pigeon-embeddings", "--model", clip, "--data", photos, "--output_dir", tmp_path / "e")
+    code, text = call("train", "pigeon-embeddings", "--model", clip, "--data", photos, "--output_dir", tmp_path / "e", "--json")
     assert code == 0 and json.loads(text)["embedded"] == 47 and json.loads(text)["skipped"] == 1
-    common = ("--model", clip, "--use_cpu", "--max_steps", 1, "--holdout_fraction", 0.3, "--report_to", "none")
+    common = ("--model", clip, "--use_cpu", "--max_steps", 1, "--holdout_fraction", 0.3, "--report_to", "none", "--json")
     code, text = call(
         *("train", "pigeon", "--embeddings", tmp_path / "e", "--geocells", geocells, "--output_dir", tmp_path / "p"),
         *(*common, "--block_degrees", 0.05, "--bootstrap", 10),
