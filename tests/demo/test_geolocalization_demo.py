@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import socket
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -32,16 +31,6 @@ SPACE = Path(__file__).resolve().parent.parent.parent / "spaces" / "geolocalizat
 EXAMPLE = Path(checkpoint_path("earthclip-mini"), "example.png")
 GPS_TAGS, ORIENTATION = 0x8825, 0x0112
 ENDPOINTS = {"/locate", "/locate_batch", "/locate_blue_marble", "/compare", "/evaluate", "/heat_map"}
-
-
-@pytest.fixture(scope="module")
-def client():
-    page = geolocalization.build_demo()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield gradio_client.Client(launch(page, port), verbose=False)
-    page.close(verbose=False)
 
 
 def uploads(*paths: Path) -> list:

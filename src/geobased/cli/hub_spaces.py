@@ -5,12 +5,13 @@ from pathlib import Path
 
 from .errors import CommandError
 from .hub_files import CARD
+from .sources import DEFAULT_GEOLOCALIZER, DEFAULT_MODEL, GEOLOCALIZER_VARIABLE, MODEL_VARIABLE
 
 FOLDER = Path(__file__).parent.parent / "space_templates"
 # Space -> the variable that names its model, and the model it has without
 VARIABLES = {
-    "generation": ("GEOBASED_DEMO_MODEL", "based-mini"),
-    "geolocalization": ("GEOBASED_GEOLOCALIZATION_MODEL", "earthclip-mini"),
+    "generation": (MODEL_VARIABLE, DEFAULT_MODEL),
+    "geolocalization": (GEOLOCALIZER_VARIABLE, DEFAULT_GEOLOCALIZER),
 }
 START = "    main()\n"
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL, DEFAULT_GEOLOCALIZER = "based-mini", "earthclip-mini"
+# what names them on a Space, which has no command line
+MODEL_VARIABLE, GEOLOCALIZER_VARIABLE = "GEOBASED_DEMO_MODEL", "GEOBASED_GEOLOCALIZATION_MODEL"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model", "sentencepiece*")
 HUB_TIMEOUT_SECONDS = 3.0

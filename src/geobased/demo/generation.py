@@ -13,7 +13,7 @@ from typing import Any
 
 from geobased.cli.errors import CommandError, explain
 from geobased.cli.generate import format_bytes
-from geobased.cli.sources import DEFAULT_MODEL
+from geobased.cli.sources import DEFAULT_MODEL, MODEL_VARIABLE
 
 from .comparison import MAX_WRITTEN_TOKENS, READ_AT_ONCE, ComparedModel, Comparison
 from .comparison_view import UNTRAINED, comparison_view
@@ -22,7 +22,7 @@ from .recall_playground import DOCUMENTS, FILLER_TOKENS, MAX_QUESTION_CHARACTERS
 from .serving import gr, on_gpu, serve
 from .text_generator import MAX_SEED, Generator, Progress, Settings
 
-MODEL_VARIABLE, ATTENTION_VARIABLE = "GEOBASED_DEMO_MODEL", "GEOBASED_DEMO_ATTENTION_MODEL"
+ATTENTION_VARIABLE = "GEOBASED_DEMO_ATTENTION_MODEL"
 MAX_NEW_TOKENS, COMPARED_TOKENS, CONTEXT_TOKENS = 512, 64, 4096
 # of a field of the page: more than the longest context has with any usual tokenizer
 MAX_CHARACTERS = 200_000

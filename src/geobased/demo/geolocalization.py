@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from geobased.cli.errors import CommandError
 from geobased.cli.locate import OVERHEAD
-from geobased.cli.sources import DEFAULT_GEOLOCALIZER
+from geobased.cli.sources import DEFAULT_GEOLOCALIZER, GEOLOCALIZER_VARIABLE
 from geobased.pipelines.geolocalization_map import STYLE, ZOOM_SCRIPT, land_fragment
 
 from .geolocalization_batch import batch_tab
@@ -24,7 +24,6 @@ from .geolocalization_style import PAGE_CSS
 from .geolocalization_uploads import UPLOAD_LIMIT
 from .serving import gr, serve
 
-MODEL_VARIABLE = "GEOBASED_GEOLOCALIZATION_MODEL"
 NOTICE = (
     "**Not for** finding or following people, nor for decisions about anyone: a guess can put people at risk, and is often wrong"
     " in ways that look certain. Ask for a second source. EXIF data is removed from what you upload and never used."
@@ -76,7 +75,7 @@ def serve_demo(demo: gr.Blocks, port: int | None = None, share: bool = False, mc
 def main(model_names: str | Sequence[str] | None = None, port: int | None = None, share: bool = False) -> None:
     """Serves the page until interrupted; the models are those named here, or in `GEOBASED_GEOLOCALIZATION_MODEL`, separated by
     commas, or earthclip-mini."""
-    variable = [name.strip() for name in os.environ.get(MODEL_VARIABLE, "").split(",") if name.strip()]
+    variable = [name.strip() for name in os.environ.get(GEOLOCALIZER_VARIABLE, "").split(",") if name.strip()]
     try:
         serve_demo(build_demo(model_names or variable or DEFAULT_GEOLOCALIZER), port, share)
     except CommandError as error:
