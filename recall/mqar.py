@@ -31,7 +31,7 @@ from geobased.whole_file import whole_file
 IGNORED_LABEL = -100
 CACHE_FORMAT = 1
 # with fewer examples than this to generate, starting processes takes longer than they save
-MIN_EXAMPLES_FOR_PROCESSES = 20_000
+MIN_EXAMPLES_FOR_PROCESSES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
