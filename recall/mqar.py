@@ -208,10 +208,10 @@ class _Task:
 
     def description(self, arrays: dict[str, np.ndarray]) -> str:
         """What a file says of itself. One string: safetensors writes several in any order, and equal files should be equal."""
-        return json.dumps(self.parameters() | {"sha256": _checksum(arrays)})
+        return json.dumps(self.parameters() | {"sha256": _checksum(arrays)}, default=int)
 
     def cache_file(self, cache_dir: Path) -> Path:
-        digest = hashlib.sha256(json.dumps(self.parameters()).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps(self.parameters(), default=int).encode()).hexdigest()[:12]
         size = self.segment
         return cache_dir / f"mqar-{size.input_seq_len}-{size.num_kv_pairs}-{size.num_examples}-{digest}.safetensors"
 
@@ -286,7 +286,7 @@ def multiquery_associative_recall(
     _check(vocab_size, segment, power_a)
     _check_seed(seed)
     other_seed = seed if non_query_seed is None else non_query_seed
-    examples = _to_examples(_Task(segment, vocab_size, int(seed), power_a, random_non_queries, other_seed).arrays())
+    examples = _to_examples(_Task(segment, vocab_size, int(seed), float(power_a), random_non_queries, other_seed).arrays())
     return examples.inputs, examples.to_labels()
 
 
@@ -311,11 +311,14 @@ def generate_examples(
 ) -> list[Examples]:
     """The examples of several segments, as `multiquery_associative_recall` makes them, in the order of `segments`.
 
+    One core makes 7,000 to 10,000 examples a second (numpy shuffles half the vocabulary twice for each, one after another), so
+    that `FIGURE2_TRAIN` takes about 20 s the first time.
+
     Args:
         segments: sizes, e.g. `FIGURE2_TRAIN`.
         seeds: one a segment, e.g. from `segment_seeds`.
         vocab_size, power_a, random_non_queries: as in `multiquery_associative_recall`.
-        cache_dir: folder, made if need be, where each segment is kept in a file and looked for next time (59 MB for
+        cache_dir: folder, made if need be, where each segment is kept in a file and looked for next time (60 MB for
             `FIGURE2_TRAIN`). A damaged file is replaced with a warning.
         num_workers: processes, each of which makes one segment at a time; by default one a core and segment, or none where they
             would not pay. With 1 this process makes all. Processes are spawned: a script needs its `__main__` guard.
@@ -333,7 +336,7 @@ def generate_examples(
         _check(vocab_size, segment, power_a)
         _check_seed(seed)
     tasks = [
-        _Task(segment, vocab_size, int(seed), power_a, random_non_queries, int(seed))
+        _Task(segment, vocab_size, int(seed), float(power_a), random_non_queries, int(seed))
         for segment, seed in zip(segments, seeds, strict=True)
     ]
     folder = None if cache_dir is None else Path(cache_dir)
@@ -402,8 +405,8 @@ def _distinct(low: int, high: int, shape: tuple[int, int], generator: torch.Gene
         repeated.scatter_(1, columns[:, 1:], ordered[:, 1:] == ordered[:, :-1])
         if not repeated.any():
             return numbers
-        count = int(repeated.sum())
-        numbers[repeated] = torch.randint(low, high, (count,), generator=generator, device=device)
+        # all are drawn anew, so that the device need not say how many are missing
+        numbers = torch.where(repeated, torch.randint(low, high, shape, generator=generator, device=device), numbers)
 
 
 def sample_examples(
@@ -434,10 +437,10 @@ def sample_examples(
     first_value = vocab_size // 2
     keys = _distinct(1, first_value, shape, generator, device)
     values = _distinct(first_value, vocab_size, shape, generator, device)
-    # the first arrivals of a race at the slots' rates are successive draws without replacement (the Gumbel-top-k trick)
-    rates = torch.from_numpy(_gap_probabilities(segment, power_a)).to(device, torch.float32)
-    arrivals = torch.empty(shape[0], len(rates), device=device).exponential_(generator=generator) / rates
-    positions = 2 * pairs + 2 * arrivals.topk(pairs, dim=1, largest=False).indices
+    # the slots of the largest perturbed logits are successive draws without replacement (the Gumbel-top-k trick)
+    logits = torch.from_numpy(np.log(_gap_probabilities(segment, power_a))).to(device, torch.float32)
+    gumbel = -torch.empty(shape[0], len(logits), device=device).exponential_(generator=generator).log()
+    positions = 2 * pairs + 2 * (logits + gumbel).topk(pairs, dim=1).indices
 
     size = (segment.num_examples, segment.input_seq_len)
     if random_non_queries:

@@ -152,12 +152,12 @@ def test_segments_are_the_same_from_processes_and_from_the_cache(tmp_path):
 
 
 def test_cache_files_are_compact_and_used(tmp_path):
-    segment = Segment(64, 4, 100)
+    segment = Segment(np.int64(64), 4, 100)  # sizes from numpy are the same sizes
     (made,) = generate_examples([segment], [1], 8192, cache_dir=tmp_path, progress=False)
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size < 2 * 100 * (64 + 4 + 4) + 1000
     stamp = file.stat().st_mtime_ns
-    (again,) = generate_examples([segment], [1], 8192, cache_dir=tmp_path, progress=False)
+    (again,) = generate_examples([Segment(64, 4, 100)], [1], 8192, cache_dir=tmp_path, progress=False)
     assert file.stat().st_mtime_ns == stamp and torch.equal(made.inputs, again.inputs)
     generate_examples([segment], [1], 8192, cache_dir=tmp_path, power_a=0.5, progress=False)
     assert len(list(tmp_path.iterdir())) == 2
@@ -209,6 +209,15 @@ def test_fresh_examples_fill_slots_as_often_as_the_benchmark():
         assert (
             torch.bincount(examples.targets[:, 3], minlength=256)[128:].float().div(len(fresh)).sub(1 / 128).abs().max() < 0.004
         )
+
+
+def test_fresh_pairs_are_uniform_without_replacement():
+    examples = sample_examples(Segment(8, 2, 30_000), 9, generator=torch.Generator().manual_seed(0))
+    keys = examples.inputs[:, 0] * 4 + examples.inputs[:, 2]  # of 1, 2 and 3
+    shares = torch.bincount(keys, minlength=16).float() / len(examples)
+    wanted = torch.zeros(16)
+    wanted[[6, 7, 9, 11, 13, 14]] = 1 / 6
+    torch.testing.assert_close(shares, wanted, rtol=0, atol=0.01)
 
 
 def test_fresh_examples_are_reproducible_and_on_their_device():
