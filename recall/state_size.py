@@ -163,6 +163,10 @@ def _layers(config: Any) -> list[tuple[str, dict[str, Any]]]:
     sizes["hidden_size"] = config.hidden_size
     if model_type == "based":
         sizes |= {"num_heads": config.num_attention_heads, "head_dim": config.head_dim}
+    if model_type == "mqar":
+        heads = config.expand * config.hidden_size // config.head_dim
+        delta_net = {"num_heads": heads, "key_head_dim": config.state_size, "value_head_dim": config.head_dim}
+        return [(mixer, sizes | (delta_net if mixer == "gated_deltanet" else {})) for mixer in mixers]
     return [(mixer, sizes) for mixer in mixers]
 
 
