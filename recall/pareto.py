@@ -22,6 +22,7 @@ FAMILIES = {
     "attention": "attention",
     "sliding_window": "sliding window",
     "linear_attention": "linear attention alone",
+    "window_alone": "sliding window alone",
     "convolution": "convolution alone",
     "mamba2": "Mamba-2",
     "gated_deltanet": "Gated DeltaNet",

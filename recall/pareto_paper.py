@@ -30,6 +30,16 @@ class FigurePoint:
     family: str | None
     bound: Literal["about", "at least", "at most"] = "about"
 
+    @property
+    def size(self) -> str:
+        """As "2^16.3"."""
+        return "any" if self.log2_bytes is None else f"2^{self.log2_bytes:g}"
+
+    @property
+    def reading(self) -> str:
+        """As "0.97" or "≥ 0.99"."""
+        return {"about": "", "at least": "≥ ", "at most": "≤ "}[self.bound] + f"{self.accuracy:.2f}"
+
 
 FIGURE2 = (
     FigurePoint("BASED", 12.5, 0.54, "based"),
@@ -179,10 +189,9 @@ def _frontier(entries: Sequence[Entry]) -> Statement:
     smallest, largest = min(entry.state_bytes for entry in based), max(entry.state_bytes for entry in based)
     # below BASED's smallest state the frontier belongs to whatever is that small
     frontier = [entry for entry in pareto_frontier(entries) if smallest <= entry.state_bytes <= largest]
-    others = [f"{entry.label} ({family_name(entry.family)})" for entry in frontier if entry.family not in BASED_FAMILIES]
-    evidence = (
-        f"{len(frontier) - len(others)} of {len(frontier)} points from {readable_bytes(smallest)} to {readable_bytes(largest)}"
-    )
+    others = [entry.label for entry in frontier if entry.family not in BASED_FAMILIES]
+    shares = f"{len(frontier) - len(others)} of {len(frontier)} points"
+    evidence = f"{shares} from {readable_bytes(smallest)} to {readable_bytes(largest)}"
     return Statement(claim, not others, evidence + (f"; the others: {', '.join(others)}" if others else ""))
 
 
@@ -192,14 +201,8 @@ def verdict_table(comparison: Comparison) -> str:
     lines.append("|---|---:|---:|---|---:|---:|---|")
     for line in comparison.lines:
         point, entry = line.point, line.entry
-        size = f"2^{point.log2_bytes:g}" if point.log2_bytes is not None else "any"
-        sign = {"about": "", "at least": "≥ ", "at most": "≤ "}[point.bound]
-        ours = (
-            (f"{family_name(entry.family)}: {entry.label}", f"2^{entry.log2_bytes:.1f}", str(entry.accuracy))
-            if entry
-            else ("",) * 3
-        )
-        lines.append("| " + " | ".join([point.model, size, f"{sign}{point.accuracy:.2f}", *ours, line.verdict]) + " |")
+        ours = (entry.label, f"2^{entry.log2_bytes:.1f}", str(entry.accuracy)) if entry else ("", "", "")
+        lines.append("| " + " | ".join([point.model, point.size, point.reading, *ours, line.verdict]) + " |")
     lines += ["", "| statement | verdict | evidence |", "|---|---|---|"]
     lines += [f"| {s.claim} | **{s.verdict}** | {s.evidence} |" for s in comparison.statements]
     return "\n".join(lines)

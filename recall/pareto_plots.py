@@ -27,6 +27,7 @@ STYLES = {
     "attention": ("#1f2328", "s"),
     "sliding_window": ("#d55e00", "^"),
     "linear_attention": ("#a8558a", "v"),
+    "window_alone": ("#e8896b", "d"),
     "convolution": ("#7a7a7a", "P"),
     "mamba2": ("#007a5a", "X"),
     "gated_deltanet": ("#b37a00", "p"),
@@ -49,10 +50,11 @@ def plot_pareto(results: Mapping[str, Any], path: str | Path) -> None:
     figure = _figure(8.4, 6.2)
     axes = figure.add_subplot()
     overall = pareto_frontier(entries)
-    # the best that any state of at most this size reaches: level up to the next point
-    x = [entry.log2_bytes for entry in overall] + [max(entry.log2_bytes for entry in entries)]
-    y = [entry.accuracy.mean for entry in overall] + [overall[-1].accuracy.mean]
-    axes.step(x, y, where="post", color="#c4ccd4", linewidth=7, solid_capstyle="round", label="overall frontier", zorder=1)
+    axes.plot(
+        *([entry.log2_bytes for entry in overall], [entry.accuracy.mean for entry in overall]),
+        **{"color": "#c4ccd4", "linewidth": 8, "solid_capstyle": "round", "solid_joinstyle": "round", "zorder": 1},
+        label="overall frontier",
+    )
     for family, own in by_family(entries).items():
         colour, marker = STYLES.get(family, OTHER_STYLE)
         frontier = pareto_frontier(own)
