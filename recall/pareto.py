@@ -222,9 +222,9 @@ def summarise(runs: Iterable[Run]) -> list[Entry]:
                 num_parameters=run.num_parameters,
                 state_bytes=run.state_bytes,
                 learning_rate=run.learning_rate,
-                accuracy=_spread([other.accuracy for other in chosen]),
+                accuracy=spread_of([other.accuracy for other in chosen]),
                 accuracy_by_test={
-                    test: _spread([other.accuracy_by_test[test] for other in chosen]) for test in run.accuracy_by_test
+                    test: spread_of([other.accuracy_by_test[test] for other in chosen]) for test in run.accuracy_by_test
                 },
                 tried=tuple(TriedRate(r.learning_rate, r.validation_accuracy, r.accuracy) for r in tried),
             )
@@ -252,7 +252,8 @@ def _by_configuration(runs: Iterable[Run]) -> list[list[Run]]:
     return list(grouped.values())
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread_of(values: Sequence[float]) -> Spread:
+    """Mean and sample standard deviation of one number per seed."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
@@ -355,6 +356,7 @@ __all__ = [
     "pareto_frontier",
     "read_runs",
     "readable_bytes",
+    "spread_of",
     "summarise",
     "summary_tables",
     "unfinished",

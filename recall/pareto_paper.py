@@ -124,7 +124,7 @@ def _verdict(point: FigurePoint, accuracy: float) -> str:
         return "reproduced" if difference >= 0 else f"lower by {-difference:.3f}"
     if abs(difference) <= READING_ERROR + 1e-9:
         return "reproduced"
-    return f"higher by {difference:.2f}" if difference > 0 else f"lower by {-difference:.2f}"
+    return f"higher by {difference:.3f}" if difference > 0 else f"lower by {-difference:.3f}"
 
 
 def _claimed_accuracy(entries: Sequence[Entry]) -> Statement:

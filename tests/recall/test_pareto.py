@@ -138,12 +138,12 @@ def test_verdicts_are_computed_for_the_nearest_size(sweep):
     comparison = pareto_paper.compare_with_figure(entries_of(sweep))
     verdicts = {(line.point.model, line.point.log2_bytes): line.verdict for line in comparison.lines}
     assert verdicts[("BASED", 12.5)] == "reproduced"
-    assert verdicts[("BASED", 13.5)] == "higher by 0.05"
+    assert verdicts[("BASED", 13.5)] == "higher by 0.050"
     assert verdicts[("BASED", 14.5)] == "reproduced"
-    assert verdicts[("BASED", 15.3)] == "lower by 0.59"  # the nearest is the dominated one
+    assert verdicts[("BASED", 15.3)] == "lower by 0.590"  # the nearest is the dominated one
     assert verdicts[("BASED", 17.3)] == "lower by 0.005"  # a lower bound has no allowance
-    assert verdicts[("Mamba", 16.0)] == "lower by 0.10"
-    assert verdicts[("sliding window", 16.0)] == "lower by 0.21"
+    assert verdicts[("Mamba", 16.0)] == "lower by 0.100"
+    assert verdicts[("sliding window", 16.0)] == "lower by 0.210"
     assert verdicts[("sliding window", 20.0)] == "not measured: no configuration of that size"
     assert verdicts[("H3", None)] == "not measured: the sweep has no H3"
 
