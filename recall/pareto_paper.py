@@ -15,6 +15,8 @@ from .pareto import BASED_FAMILIES, Entry, by_family, family_name, pareto_fronti
 READING_ERROR = 0.02
 # a configuration stands beside a point of the figure if their state sizes differ by at most this power of two
 SIZE_TOLERANCE = 0.5
+# tokens/pairs of its examples; a sweep over others is something else
+FIGURE2_TESTS = ("64/4", "64/8", "64/16", "128/32", "256/64", "512/128", "1024/256")
 CLAIMED_SIZE, CLAIMED_ACCURACY = 16.3, 0.97
 # beside BASED along the frontiers
 RIVALS = ("mamba2", "gated_deltanet", "sliding_window")
@@ -82,10 +84,11 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What of the paper's figure a sweep reproduces."""
+    """What of the paper's figure a sweep reproduces; `not_compared` says why nothing was compared."""
 
     lines: list[FigureLine]
     statements: list[Statement]
+    not_compared: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -95,11 +98,18 @@ class Comparison:
                 for line in self.lines
             ],
             "statements": [{**asdict(statement), "verdict": statement.verdict} for statement in self.statements],
+            "not_compared": self.not_compared,
         }
 
 
 def compare_with_figure(entries: Sequence[Entry]) -> Comparison:
-    """Lays entries beside the points of the figure and checks its statements."""
+    """Lays entries beside the points of the figure and checks its statements.
+
+    Nothing is compared if the entries were tested on other segments than the figure's.
+    """
+    other = sorted({test for entry in entries for test in entry.accuracy_by_test} ^ set(FIGURE2_TESTS))
+    if entries and other:
+        return Comparison([], [], f"the test segments are not those of the paper's figure ({', '.join(other)})")
     return Comparison(
         lines=[_line(point, entries) for point in FIGURE2],
         statements=[_claimed_accuracy(entries), *(_above(rival, entries) for rival in RIVALS), _frontier(entries)],
@@ -133,6 +143,9 @@ def _claimed_accuracy(entries: Sequence[Entry]) -> Statement:
     if not small:
         return Statement(claim, None, "the sweep has no BASED of that size")
     best = pareto_frontier(small)[-1]
+    low = CLAIMED_SIZE - SIZE_TOLERANCE
+    if best.accuracy.mean < CLAIMED_ACCURACY and max(entry.log2_bytes for entry in small) < low:
+        return Statement(claim, None, f"the sweep has no BASED from 2^{low:g} to 2^{CLAIMED_SIZE} bytes")
     evidence = f"{best.label}: {best.accuracy} with {readable_bytes(best.state_bytes)} (2^{best.log2_bytes:.1f})"
     return Statement(claim, best.accuracy.mean >= CLAIMED_ACCURACY, evidence)
 
@@ -196,7 +209,9 @@ def _frontier(entries: Sequence[Entry]) -> Statement:
 
 
 def verdict_table(comparison: Comparison) -> str:
-    """Markdown: the figure's points beside ours, then the statements."""
+    """Markdown: the figure's points beside ours, then the statements; or why there is nothing to compare."""
+    if comparison.not_compared:
+        return f"Not compared: {comparison.not_compared}."
     lines = ["| in the figure | state | accuracy, read off | ours | state | accuracy | verdict |"]
     lines.append("|---|---:|---:|---|---:|---:|---|")
     for line in comparison.lines:
@@ -210,6 +225,7 @@ def verdict_table(comparison: Comparison) -> str:
 
 __all__ = [
     "FIGURE2",
+    "FIGURE2_TESTS",
     "READING_ERROR",
     "SIZE_TOLERANCE",
     "Comparison",

@@ -17,7 +17,7 @@ from .pareto import (
     readable_bytes,
     summarise,
 )
-from .pareto_paper import FIGURE2
+from .pareto_paper import compare_with_figure
 
 INK, FAINT = "#1f2328", "#d0d7de"
 # colours of Okabe and Ito, which colour-blind readers can tell apart, darkened where they are pale on white; and markers
@@ -74,7 +74,7 @@ def plot_pareto(results: Mapping[str, Any], path: str | Path) -> None:
         *([entry.log2_bytes for entry in overall], [entry.accuracy.mean for entry in overall]),
         **{"linestyle": "", "marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK, "zorder": 5},
     )
-    _draw_paper(axes, {entry.family for entry in entries})
+    _draw_paper(axes, entries)
     _size_axis(axes)
     axes.set_ylim(-0.02, 1.04)
     axes.set_ylabel("accuracy on MQAR, mean of the test segments")
@@ -136,8 +136,10 @@ def _by_test(entry: Entry, tests: list[str]) -> tuple[list[int], list[float]]:
     return places, [entry.accuracy_by_test[tests[i]].mean for i in places]
 
 
-def _draw_paper(axes: Any, families: set[str]) -> None:
-    points = [point for point in FIGURE2 if point.log2_bytes is not None and point.family in families]
+def _draw_paper(axes: Any, entries: list[Entry]) -> None:
+    """The points of the figure, where the sweep has something to compare with them."""
+    families, lines = {entry.family for entry in entries}, compare_with_figure(entries).lines
+    points = [line.point for line in lines if line.point.log2_bytes is not None and line.point.family in families]
     for point in points:
         colour = STYLES[str(point.family)][0]
         axes.plot(

@@ -5,8 +5,9 @@ import sys
 import types
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+from geobased.recall.pareto_paper import FIGURE2_TESTS
 
 
 def row(family, state_bytes, accuracy, **changes):
@@ -24,7 +25,7 @@ def row(family, state_bytes, accuracy, **changes):
         "state_bytes": state_bytes,
         "validation_accuracy": accuracy,
         "accuracy": accuracy,
-        "accuracy_by_test": {"32/2": accuracy, "64/4": accuracy},
+        "accuracy_by_test": dict.fromkeys(FIGURE2_TESTS, accuracy),
         "epochs": 2,
         "seconds": 1.0,
         "chosen_learning_rate": True,
@@ -98,6 +99,12 @@ def test_report_only_trains_nothing_and_merges_parts(geobased, sweeps, tmp_path)
     assert report["num_runs"] == 3 and len(json.loads((tmp_path / "c" / "results.json").read_text())["rows"]) == 3
     assert report["comparison"]["statements"][1]["holds"] is True
     assert sweeps == []
+
+
+def test_a_sweep_over_other_examples_is_not_laid_beside_the_figure(geobased, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results([row("based", 9_000, 0.5, accuracy_by_test={"32/2": 0.5})])))
+    result = geobased("recall", "mqar", "--report-only", "--output-dir", tmp_path)
+    assert "not laid beside the paper's figure" in result.stdout and "BASED reaches" not in result.stdout
 
 
 def test_what_is_not_finished_is_said(geobased, tmp_path):

@@ -10,8 +10,6 @@ import pytest
 
 from geobased.recall import pareto, pareto_paper, pareto_plots
 
-TESTS = ("64/4", "64/8", "1024/256")
-
 
 def row(family, label, state_bytes, accuracy, *, rate=1e-3, seed=0, chosen=True, **changes):
     return {
@@ -28,7 +26,7 @@ def row(family, label, state_bytes, accuracy, *, rate=1e-3, seed=0, chosen=True,
         "state_bytes": state_bytes,
         "validation_accuracy": accuracy,
         "accuracy": accuracy,
-        "accuracy_by_test": {"64/4": min(1.0, accuracy + 0.1), "64/8": accuracy, "1024/256": max(0.0, accuracy - 0.1)},
+        "accuracy_by_test": dict.fromkeys(pareto_paper.FIGURE2_TESTS, accuracy) | {"1024/256": max(0.0, accuracy - 0.1)},
         "epochs": 2,
         "seconds": 1.0,
         "chosen_learning_rate": chosen,
@@ -161,6 +159,17 @@ def test_statements_are_computed_from_the_entries(sweep):
     assert "the others: m15" in evidence
     assert holds([entry for entry in entries if entry.family == "based"]) == [True, None, None, None, None]
     assert holds([]) == [None] * 5
+    assert holds([entry for entry in entries if entry.label in ("b12.5", "m14")])[0] is None  # nothing near the claimed size
+
+
+def test_a_sweep_over_other_segments_is_not_laid_beside_the_figure():
+    entries = pareto.summarise(pareto.read_runs(results(row("based", "b", 4096, 0.5, accuracy_by_test={"32/2": 0.5}))))
+    comparison = pareto_paper.compare_with_figure(entries)
+    assert comparison.lines == [] and comparison.statements == []
+    assert "32/2" in comparison.to_dict()["not_compared"]
+    assert pareto_paper.verdict_table(comparison).startswith(
+        "Not compared: the test segments are not those of the paper's figure"
+    )
 
 
 def test_accuracy_between_sizes_is_interpolated_along_the_frontier(sweep):
@@ -176,7 +185,7 @@ def test_tables_show_frontier_segments_and_what_is_missing(sweep):
     text = pareto.summary_tables(sweep)
     assert "| BASED | b16.3 | conv + based | 1,000,000 | 78.8 KiB | 16.3 | **0.980 ± 0.007** | 2 |" in text
     assert "1.0e-03 (of 1.0e-03: 0.98, 1.0e-02: 0.20)" in text
-    assert "| family | configuration | 64/4 | 64/8 | 1024/256 |" in text
+    assert "| family | configuration | 64/4 | 64/8 | 64/16 | 128/32 | 256/64 | 512/128 | 1024/256 |" in text
     assert "- performer: no room." in text
     assert "No configuration" in pareto.summary_tables(results())
     verdicts = pareto_paper.verdict_table(pareto_paper.compare_with_figure(entries_of(sweep)))

@@ -199,6 +199,9 @@ def _show(entries: "list[Entry]", comparison: "Comparison") -> None:
             for entry in entries
         ],
     )
+    if comparison.not_compared:
+        console.print(Text(f"not laid beside the paper's figure: {comparison.not_compared}"), soft_wrap=True)
+        return
     show(
         "beside the paper's figure, whose values are read off",
         ("in the figure", "state", "accuracy", "ours", "accuracy", "verdict"),
