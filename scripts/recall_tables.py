@@ -25,11 +25,11 @@ COMMANDS = {
 }
 
 
-def about(name: str, folder: Path, results: dict[str, Any]) -> str:
+def about(name: str, folder: Path, results: dict[str, Any], num_trainings: int) -> str:
     """Where and when it was measured, and with which settings."""
     # what is absent stands below the tables
     measured = headline("results", {**results, "absent": {}}).replace("`results.json`: ", "")
-    lines = [f"{number_of_runs(results['rows'])} on {measured}"]
+    lines = [f"{num_trainings:,} training{'s' if num_trainings != 1 else ''} on {measured}"]
     settings = results.get("settings", {})
     if "epochs" in settings:
         rates = ", ".join(f"{rate:.1e}" for rate in settings.get("learning_rates", []))
@@ -43,12 +43,11 @@ def about(name: str, folder: Path, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def number_of_runs(rows: Rows) -> str:
-    return f"{len(rows):,} trainings" if len(rows) != 1 else "One training"
-
-
 def sweep(name: str, folder: Path, results: dict[str, Any]) -> str:
-    parts = [about(name, folder, results), *plot(folder / name, "pareto", "Accuracy against the bytes of the state")]
+    parts = [
+        about(name, folder, results, len(results["rows"])),
+        *plot(folder / name, "pareto", "Accuracy against the bytes of the state"),
+    ]
     parts += [summary_tables(results), *plot(folder / name, "pareto_by_length", "Accuracy by test segment")]
     return "\n\n".join(parts)
 
@@ -77,7 +76,7 @@ def selected(rows: Rows, **wanted: Any) -> Rows:
 def twins(name: str, folder: Path, results: dict[str, Any]) -> str:
     """Accuracy by length, then perplexity, for each model; means and standard deviations over seeds."""
     rows, lengths = results["rows"], of_each(results["rows"], "length")
-    parts = [about(name, folder, results)]
+    parts = [about(name, folder, results, len({(row["model"], row["seed"]) for row in rows}))]
     for title, field, form in (
         ("Answers recalled exactly, %, by tokens of context:", "accuracy", lambda value: f"{100 * value:.1f}"),
         ("Perplexity of tokens that repeat a bigram of the context:", "perplexity_repeated", lambda value: f"{value:.2f}"),

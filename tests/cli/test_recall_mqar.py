@@ -84,7 +84,8 @@ def test_the_sweep_is_run_reported_and_gone_on_with(geobased, sweeps, tmp_path):
     report = json.loads(again.stdout)
     assert report["num_runs"] == 3 and report["frontier"] == ["based 18000", "based 36000", "attention 70000"]
     assert report["configurations"][0]["accuracy"] == {"mean": 0.5, "std": None, "n": 1}
-    assert report["comparison"]["statements"][0]["verdict"] == "does not hold"
+    assert report["comparison"]["statements"][0]["verdict"] == "not measured"
+    assert report["comparison"]["lines"][2]["verdict"] == "lower by 0.320"
     assert report["files"]["pareto"] == str(tmp_path / "p.png") and (tmp_path / "p_by_length.png").is_file()
 
 

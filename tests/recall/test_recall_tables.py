@@ -83,6 +83,7 @@ def test_numbers_come_from_the_stored_results(tables, tmp_path):
     )
     assert "**0.890 ± 0.014**" in texts["recall_figure2"] and "- performer: none." in texts["recall_figure2"]
     assert "| BASED | 2^15.3 | 0.89 | based d64 f16 | 2^15.3 | 0.890 ± 0.014 | reproduced |" in texts["recall_verdicts"]
+    assert "3 trainings on NVIDIA H200" in texts["recall_twins"]
     assert "| BASED | 12,000,000 | 2 | 55.0 ± 7.1 |" in texts["recall_twins"]
     assert "| BASED | 12,000,000 | 2 | 2.50 ± 0.71 |" in texts["recall_twins"]
     assert "| 256 | attention | 1 MiB | 900 | 90.0 |" in texts["recall_throughput"]

@@ -31,7 +31,9 @@ def mqar(
     output_dir: Annotated[Path, typer.Option(help="Folder of the sweep; its finished runs are kept.")],
     preset: Annotated[
         str | None,
-        typer.Option(help="figure2, figure2-quick or smoke; by default the folder's, or figure2.", show_default=False),
+        typer.Option(
+            help="figure2, figure2-quick, figure2-paper or smoke; by default the folder's, or figure2.", show_default=False
+        ),
     ] = None,
     families: Annotated[
         str | None, typer.Option(help="Train these alone, such as based,mamba2; all by default.", show_default=False)
