@@ -7,7 +7,7 @@ python scripts/recall_tables.py --write                              # puts them
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ from geobased.recall.pareto import read_runs, readable_bytes, spread_of, summari
 from geobased.recall.pareto_paper import compare_with_figure, verdict_table
 
 PAGE = ROOT / "docs" / "recall.md"
-TWINS = {"based": "BASED", "attention": "attention", "sliding_window": "sliding window"}
+TWINS = {
+    "based": "BASED",
+    "attention": "full attention",
+    "sliding_window": "sliding windows",
+    "llama": "full attention in every layer",
+    "transformers_llama": "Llama of transformers",
+}
 COMMANDS = {
     "mqar_figure2": "geobased recall mqar --preset figure2",
     "mqar_figure2_quick": "geobased recall mqar --preset figure2-quick",
@@ -60,54 +66,79 @@ def of_each(rows: Rows, field: str) -> list[Any]:
     return list(dict.fromkeys(row[field] for row in rows))
 
 
-def over_seeds(rows: Rows, field: str, form: Callable[[float], str]) -> str:
-    """Mean of a field over the seeds, with the sample standard deviation if there are several."""
-    values = [row[field] for row in rows if row.get(field) is not None]
-    if not values:
-        return ""
-    spread = spread_of(values)
-    return form(spread.mean) + (f" ± {form(spread.std)}" if spread.std is not None else "")
-
-
 def selected(rows: Rows, **wanted: Any) -> Rows:
     return [row for row in rows if all(row[field] == value for field, value in wanted.items())]
 
 
+def over_seeds(values: Sequence[float], form: str = ",.0f") -> str:
+    """Mean, with the sample standard deviation if there are several values; nothing without a value."""
+    if not values:
+        return ""
+    spread = spread_of(values)
+    return f"{spread.mean:{form}}" + (f" ± {spread.std:{form}}" if spread.std is not None else "")
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def twins(name: str, folder: Path, results: dict[str, Any]) -> str:
-    """Accuracy by length, then perplexity, for each model; means and standard deviations over seeds."""
-    rows, lengths = results["rows"], of_each(results["rows"], "length")
-    parts = [about(name, folder, results, len({(row["model"], row["seed"]) for row in rows}))]
-    for title, field, form in (
-        ("Answers recalled exactly, %, by tokens of context:", "accuracy", lambda value: f"{100 * value:.1f}"),
-        ("Perplexity of tokens that repeat a bigram of the context:", "perplexity_repeated", lambda value: f"{value:.2f}"),
-        ("Perplexity of all other tokens:", "perplexity_rest", lambda value: f"{value:.2f}"),
-    ):
-        lines = [title, "", "| model | parameters | seeds | " + " | ".join(map(number, lengths)) + " |"]
-        lines.append("|---|---:|---:|" + "---:|" * len(lengths))
-        for model in of_each(rows, "model"):
-            own = selected(rows, model=model)
-            cells = [over_seeds(selected(own, length=length), field, form) for length in lengths]
-            start = (TWINS.get(model, model), number(own[0]["num_parameters"]), str(len(of_each(own, "seed"))))
-            lines.append("| " + " | ".join([*start, *cells]) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join([*parts, *plot(folder / name, "recall_by_length", "Recall by length of the context")])
+    """Recall by length and perplexity of each model; means and standard deviations over seeds."""
+    rows = results["rows"]
+    lengths = of_each(rows, "length")
+    recall, perplexity = [], []
+    sources = list(rows[0]["perplexity"]) if rows else []
+    for model in of_each(rows, "model"):
+        own = selected(rows, model=model)
+        one_each = selected(own, length=lengths[0])  # what does not depend on the length stands in every row of a seed
+        start = (TWINS.get(model, model), number(own[0]["num_parameters"]), str(len(one_each)))
+        cells = [over_seeds([100 * row["accuracy"] for row in selected(own, length=length)], ".1f") for length in lengths]
+        recall.append([*start, *cells, over_seeds([100 * row["closed_book"] for row in one_each], ".1f")])
+        kinds = [(source, kind) for source in sources for kind in ("repeated", "other")]
+        perplexity.append(
+            [
+                start[0],
+                *(over_seeds([row["perplexity"][s][kind]["token_perplexity"] for row in one_each], ".2f") for s, kind in kinds),
+            ]
+        )
+    headings = [f"{source.replace('_', ' ')}: {kind}" for source in sources for kind in ("repeated", "all others")]
+    parts = [
+        about(name, folder, results, len({(row["model"], row["seed"]) for row in rows})),
+        "Answers recalled exactly, %, by tokens of context; in the last column without the record, from memory:",
+        markdown_table(["model", "parameters", "seeds", *map(number, lengths), "without"], recall),
+        "Perplexity of tokens that repeat a bigram of the context, and of all others:",
+        markdown_table(["model", *headings], perplexity),
+    ]
+    return "\n\n".join(parts + plots(name, folder, throughput=False))
 
 
 def throughput(name: str, folder: Path, results: dict[str, Any]) -> str:
-    """State and speed beside recall, at every length."""
-    rows = results["rows"]
-    lines = ["| tokens | model | state of a sequence | tokens/s | answers recalled exactly, % |", "|---:|---|---:|---:|---:|"]
-    for length in of_each(rows, "length"):
-        for model in of_each(rows, "model"):
-            own = selected(rows, length=length, model=model)
-            if own:
-                cells = (
-                    *(number(length), TWINS.get(model, model), over_seeds(own[:1], "state_bytes", readable_bytes)),
-                    over_seeds(own, "tokens_per_second", lambda value: f"{value:,.0f}"),
-                    over_seeds(own, "accuracy", lambda value: f"{100 * value:.1f}"),
-                )
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n\n".join(["\n".join(lines), *plot(folder / name, "throughput_against_recall", "Throughput against recall")])
+    """Speed and state of each model and length, beside its recall at that length."""
+    table = [
+        [
+            *(number(entry["length"]), TWINS.get(entry["model"], entry["model"]), entry["loop"]),
+            *(readable_bytes(entry["state_bytes"]), f"{entry['tokens_per_second']:,.0f}"),
+            f"{entry['end_to_end_tokens_per_second']:,.0f}",
+            over_seeds(
+                [100 * row["accuracy"] for row in selected(results["rows"], model=entry["model"], length=entry["length"])], ".1f"
+            ),
+        ]
+        for entry in results["throughput"]
+    ]
+    sizes = ", ".join(str(size) for size in of_each(results["throughput"], "batch_size"))
+    headings = ["tokens", "model", "by", "state of a sequence", "tokens/s", "with the prompt", "recalled, %"]
+    parts = [f"Batches of {sizes} sequences:", markdown_table(headings, table)] if table else ["Speed was not measured."]
+    if results.get("absent"):
+        parts.append("\n".join(f"- {case}: {reason}" for case, reason in results["absent"].items()))
+    return "\n\n".join(parts + plots(name, folder, throughput=True))
+
+
+def plots(name: str, folder: Path, *, throughput: bool) -> list[str]:
+    """The figures that lie beside the results of twins: those of speed, or the others."""
+    stems = sorted(path.stem for path in (folder / name).glob("*.png"))
+    shown = [stem for stem in stems if ("throughput" in stem) == throughput]
+    return [text for stem in shown for text in plot(folder / name, stem, stem.replace("_", " "))]
 
 
 # marker of the page -> folder of the results, and what is made of them
