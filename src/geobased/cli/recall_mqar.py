@@ -56,7 +56,11 @@ def mqar(
     ] = False,
     merge: Annotated[
         list[Path] | None,
-        typer.Option(help="With --report-only: results.json of another part of the sweep; repeatable.", show_default=False),
+        typer.Option(
+            metavar="<path>",
+            help="With --report-only: results.json of another part of the sweep; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     json_output: Json = False,
     debug: Debug = False,
