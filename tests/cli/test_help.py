@@ -12,7 +12,7 @@ import pytest
 import geobased as package
 
 COMMANDS = (
-    *("generate", "locate", "evaluate", "convert", "export", "push", "doctor", "recall gazetteer"),
+    *("generate", "locate", "evaluate", "convert", "export", "push", "doctor", "recall gazetteer", "recall mqar"),
     *("train lm", "train streetclip", "train pigeon", "train pigeon-embeddings", "demo generation", "demo geolocalization"),
 )
 START = (sys.executable, "-m", "geobased_command")

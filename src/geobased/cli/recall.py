@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import recall_mqar
 from .errors import CommandError
 from .options import Debug, Device, Json, Model, add_command, show_help
 from .sources import DEFAULT_MODEL, load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
@@ -86,6 +87,7 @@ def gazetteer(
 
 
 add_command(app, "gazetteer", gazetteer, EXAMPLES)
+add_command(app, "mqar", recall_mqar.mqar, recall_mqar.EXAMPLES)
 
 
 def _write_documents(path: Path, num_documents: int, split: str, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""The measured recall as Markdown, from benchmarks/results/<gpu>/{mqar_figure2,mqar_figure2_quick,recall_twins}/results.json.
+
+python scripts/recall_tables.py [--folder benchmarks/results/h200]   # the sections of docs/recall.md; says what is missing
+python scripts/recall_tables.py --write                              # puts them between the page's markers
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from performance_tables import RESULTS, ROOT, Rows, between, headline, number, plot
+
+from geobased.recall.pareto import read_runs, readable_bytes, spread_of, summarise, summary_tables
+from geobased.recall.pareto_paper import compare_with_figure, verdict_table
+
+PAGE = ROOT / "docs" / "recall.md"
+TWINS = {
+    "based": "BASED",
+    "attention": "full attention",
+    "sliding_window": "sliding windows",
+    "llama": "full attention in every layer",
+    "transformers_llama": "Llama of transformers",
+}
+COMMANDS = {
+    "mqar_figure2": "geobased recall mqar --preset figure2",
+    "mqar_figure2_quick": "geobased recall mqar --preset figure2-quick",
+    "recall_twins": "python benchmarks/recall_twins.py",
+}
+
+
+def about(name: str, folder: Path, results: dict[str, Any], num_trainings: int) -> str:
+    """Where and when it was measured, and with which settings."""
+    # what is absent stands below the tables
+    measured = headline("results", {**results, "absent": {}}).replace("`results.json`: ", "")
+    lines = [f"{num_trainings:,} training{'s' if num_trainings != 1 else ''} on {measured}"]
+    settings = results.get("settings", {})
+    if "epochs" in settings:
+        rates = ", ".join(f"{rate:.1e}" for rate in settings.get("learning_rates", []))
+        lines.append(
+            f"{settings['epochs']} epochs at most, batches of {settings.get('batch_size')}, {settings.get('precision')};"
+            f" learning rates {rates}; {results['seconds'] / 60:,.0f} minutes in all."
+        )
+    path = folder.resolve() / name / "results.json"
+    if ROOT in path.parents:
+        lines.append(f"The runs: [results.json](../{path.relative_to(ROOT).as_posix()}).")
+    return "\n".join(lines)
+
+
+def sweep(name: str, folder: Path, results: dict[str, Any]) -> str:
+    parts = [
+        about(name, folder, results, len(results["rows"])),
+        *plot(folder / name, "pareto", "Accuracy against the bytes of the state"),
+    ]
+    parts += [summary_tables(results), *plot(folder / name, "pareto_by_length", "Accuracy by test segment")]
+    return "\n\n".join(parts)
+
+
+def verdicts(name: str, folder: Path, results: dict[str, Any]) -> str:
+    return f"By `{results['preset']}`:\n\n{verdict_table(compare_with_figure(summarise(read_runs(results))))}"
+
+
+def of_each(rows: Rows, field: str) -> list[Any]:
+    return list(dict.fromkeys(row[field] for row in rows))
+
+
+def selected(rows: Rows, **wanted: Any) -> Rows:
+    return [row for row in rows if all(row[field] == value for field, value in wanted.items())]
+
+
+def over_seeds(values: Sequence[float], form: str = ",.0f") -> str:
+    """Mean, with the sample standard deviation if there are several values; nothing without a value."""
+    if not values:
+        return ""
+    spread = spread_of(values)
+    return f"{spread.mean:{form}}" + (f" ± {spread.std:{form}}" if spread.std is not None else "")
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def twins(name: str, folder: Path, results: dict[str, Any]) -> str:
+    """Recall by length and perplexity of each model; means and standard deviations over seeds."""
+    rows = results["rows"]
+    lengths = of_each(rows, "length")
+    recall, perplexity = [], []
+    sources = list(rows[0]["perplexity"]) if rows else []
+    for model in of_each(rows, "model"):
+        own = selected(rows, model=model)
+        one_each = selected(own, length=lengths[0])  # what does not depend on the length stands in every row of a seed
+        start = (TWINS.get(model, model), number(own[0]["num_parameters"]), str(len(one_each)))
+        cells = [over_seeds([100 * row["accuracy"] for row in selected(own, length=length)], ".1f") for length in lengths]
+        recall.append([*start, *cells, over_seeds([100 * row["closed_book"] for row in one_each], ".1f")])
+        kinds = [(source, kind) for source in sources for kind in ("repeated", "other")]
+        perplexity.append(
+            [
+                start[0],
+                *(over_seeds([row["perplexity"][s][kind]["token_perplexity"] for row in one_each], ".2f") for s, kind in kinds),
+            ]
+        )
+    headings = [f"{source.replace('_', ' ')}: {kind}" for source in sources for kind in ("repeated", "all others")]
+    parts = [
+        about(name, folder, results, len({(row["model"], row["seed"]) for row in rows})),
+        "Answers recalled exactly, %, by tokens of context; in the last column without the record, from memory:",
+        markdown_table(["model", "parameters", "seeds", *map(number, lengths), "without"], recall),
+        "Perplexity of tokens that repeat a bigram of the context, and of all others:",
+        markdown_table(["model", *headings], perplexity),
+    ]
+    return "\n\n".join(parts + plots(name, folder, throughput=False))
+
+
+def throughput(name: str, folder: Path, results: dict[str, Any]) -> str:
+    """Speed and state of each model and length, beside its recall at that length."""
+    table = [
+        [
+            *(number(entry["length"]), TWINS.get(entry["model"], entry["model"]), entry["loop"]),
+            *(readable_bytes(entry["state_bytes"]), f"{entry['tokens_per_second']:,.0f}"),
+            f"{entry['end_to_end_tokens_per_second']:,.0f}",
+            over_seeds(
+                [100 * row["accuracy"] for row in selected(results["rows"], model=entry["model"], length=entry["length"])], ".1f"
+            ),
+        ]
+        for entry in results["throughput"]
+    ]
+    sizes = ", ".join(str(size) for size in of_each(results["throughput"], "batch_size"))
+    headings = ["tokens", "model", "by", "state of a sequence", "tokens/s", "with the prompt", "recalled, %"]
+    parts = [f"Batches of {sizes} sequences:", markdown_table(headings, table)] if table else ["Speed was not measured."]
+    if results.get("absent"):
+        parts.append("\n".join(f"- {case}: {reason}" for case, reason in results["absent"].items()))
+    return "\n\n".join(parts + plots(name, folder, throughput=True))
+
+
+def plots(name: str, folder: Path, *, throughput: bool) -> list[str]:
+    """The figures that lie beside the results of twins: those of speed, or the others."""
+    stems = sorted(path.stem for path in (folder / name).glob("*.png"))
+    shown = [stem for stem in stems if ("throughput" in stem) == throughput]
+    return [text for stem in shown for text in plot(folder / name, stem, stem.replace("_", " "))]
+
+
+# marker of the page -> folder of the results, and what is made of them
+SECTIONS: dict[str, tuple[str, Callable[[str, Path, dict[str, Any]], str]]] = {
+    "recall_figure2": ("mqar_figure2", sweep),
+    "recall_figure2_quick": ("mqar_figure2_quick", sweep),
+    "recall_twins": ("recall_twins", twins),
+    "recall_throughput": ("recall_twins", throughput),
+    "recall_verdicts": ("mqar_figure2", verdicts),
+}
+
+
+def sections(folder: Path = RESULTS) -> tuple[dict[str, str], list[str]]:
+    """Text of each marker, and the files that are missing; their sections say so, and hold no number."""
+    texts, missing = {}, []
+    for marker, (name, text) in SECTIONS.items():
+        path = folder / name / "results.json"
+        if path.is_file():
+            texts[marker] = text(name, folder, json.loads(path.read_text(encoding="utf-8")))
+        else:
+            missing += [str(path)] if str(path) not in missing else []
+            texts[marker] = f"No results are stored here yet; `{COMMANDS[name]}` measures them."
+    return texts, missing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--write", action="store_true", help="update docs/recall.md")
+    arguments = parser.parse_args()
+    texts, missing = sections(arguments.folder)
+    for path in missing:
+        print(f"missing: {path}", file=sys.stderr)
+    for marker, text in texts.items():
+        start, end = f"<!-- {marker}:start -->", f"<!-- {marker}:end -->"
+        if arguments.write:
+            between(PAGE, start, end, text)
+        else:
+            print(f"{start}\n{text}\n{end}\n")
+
+
+if __name__ == "__main__":
+    main()
