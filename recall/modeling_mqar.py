@@ -160,7 +160,8 @@ class MQARForCausalLM(MQARPreTrainedModel):
     def __init__(self, config: MQARConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        # of the dropout; models that are trained side by side need one each to be reproducible
+        self.dropout_generator: torch.Generator | None = None
         self.layers = nn.ModuleList(MQARLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -172,9 +173,16 @@ class MQARForCausalLM(MQARPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
+    def _dropout(self, embedded: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.config.embedding_dropout == 0:
+            return embedded
+        kept = torch.empty_like(embedded, dtype=torch.bool)
+        kept.bernoulli_(1 - self.config.embedding_dropout, generator=self.dropout_generator)
+        return embedded * kept / (1 - self.config.embedding_dropout)
+
     def hidden_states(self, input_ids: torch.Tensor, query_positions: torch.Tensor | None = None) -> torch.Tensor:
         """What the head reads: (batch, seq_len or queries, hidden_size)."""
-        residual = self.embedding_dropout(self.embed_tokens(input_ids))
+        residual = self._dropout(self.embed_tokens(input_ids))
         first = self.layers[0].mixer_norm
         hidden_states = fused(F.layer_norm, residual)(residual, first.weight.shape, first.weight, first.bias, first.eps)
         next_norms = [layer.mixer_norm for layer in self.layers[1:]] + [self.norm]

@@ -131,6 +131,8 @@ def _row(preset: Preset, configuration: Configuration, trained: TrainedModel, te
 def _start_worker(devices: Any, threads: int) -> None:
     global _device
     _device = torch.device(devices.get())
+    # every worker compiles a few small functions; the default is as many processes each as there are cores
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     # one compiled form per width and state size; beyond the default of 8 it would run uncompiled

@@ -98,6 +98,7 @@ class _Run:
         self.settings, self.train, self.device = settings, train, device
         torch.manual_seed(settings.seed)
         self.model = MQARForCausalLM(config).to(device).train()
+        self.model.dropout_generator = torch.Generator(device).manual_seed(settings.seed)
         self.trained = TrainedModel(self.model, settings)
         self.steps_per_segment = [len(examples.inputs) // settings.batch_size for examples in train]
         self.total_steps = settings.epochs * sum(self.steps_per_segment)
@@ -154,10 +155,12 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
             self.step.zero_()
             self.loss.zero_()
+            self.model.dropout_generator.manual_seed(self.settings.seed)
         torch.cuda.synchronize()
         pool, graphs = torch.cuda.graph_pool_handle(), []
         for segment in range(len(self.train)):
             graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.model.dropout_generator)
             with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 self._train_step(segment)
             graphs.append(graph)

@@ -87,8 +87,8 @@ def mqar(
         place = parse_device(device)
         if earlier is not None:
             print(f"{output_dir}: {len(earlier['rows'])} runs are done already", file=sys.stderr)
-        # the training and its libraries are loaded for this command alone
-        run_sweep = importlib.import_module("geobased.recall.mqar_sweep").run_sweep
+        from geobased.recall.mqar_sweep import run_sweep
+
         results = run_sweep(
             preset or (earlier or {}).get("preset", DEFAULT_PRESET),
             output_dir,
