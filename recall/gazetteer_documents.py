@@ -149,7 +149,7 @@ def _record(place: Place, fields: Sequence[str], layout: str, rng: random.Random
 
 
 @dataclass(slots=True)
-class _Builder:
+class DocumentBuilder:
     """Text so far, where each value stands in it, and which questions are still open."""
 
     rng: random.Random
@@ -163,7 +163,12 @@ class _Builder:
         self.text += text
         self.words += len(text.split())
 
+    def add_table_header(self, fields: Sequence[str]) -> None:
+        """The line over the records of the layout "table"."""
+        self.add("| Name | " + " | ".join(LABELS[key] for key in fields) + " |\n")
+
     def add_record(self, place: Place, fields: Sequence[str], layout: str) -> None:
+        """A record of a town; each of its fields can be asked for from here on."""
         start = len(self.text)
         text, offsets = _record(place, fields, layout, self.rng)
         self.add(text)
@@ -172,6 +177,7 @@ class _Builder:
             self.open.append((place, key))
 
     def add_question(self) -> None:
+        """A line with one of the open questions, drawn by the weight of its field, and its answer."""
         weights = [FIELD_WEIGHTS[key] for _, key in self.open]
         place, key = self.open.pop(self.rng.choices(range(len(weights)), weights)[0])
         answer = format_value(place, key)
@@ -198,6 +204,16 @@ class _Builder:
         self.add(before + answer + after + "\n")
 
 
+def draw_fields(rng: random.Random, asked: str | None = None) -> list[str]:
+    """Two to four fields of a record in random order, `asked` among them."""
+    names = [key for key in FIELD_WEIGHTS if key != asked]
+    size = rng.randint(2, 4) - (asked is not None)
+    picked = sorted(names, key=lambda key: rng.random() ** (1 / FIELD_WEIGHTS[key]), reverse=True)[:size]
+    picked += [] if asked is None else [asked]
+    rng.shuffle(picked)
+    return picked
+
+
 def _with_values_of_others(place: Place, places: Sequence[Place], rng: random.Random) -> Place:
     return replace(place, **{key: getattr(rng.choice(places), key) for key in FIELD_WEIGHTS})
 
@@ -219,22 +235,14 @@ def _document(
     interleaved = rng.random() < 0.5
     question_share = rng.uniform(0.4, 0.65)
     record_words = int(max_words * (1 - question_share))
-    builder = _Builder(rng)
-
-    def draw_fields() -> list[str]:
-        names = list(FIELD_WEIGHTS)
-        size = rng.randint(2, 4)
-        picked = sorted(names, key=lambda key: rng.random() ** (1 / FIELD_WEIGHTS[key]), reverse=True)[:size]
-        rng.shuffle(picked)
-        return picked
-
-    shared_fields = draw_fields()
+    builder = DocumentBuilder(rng)
+    shared_fields = draw_fields(rng)
     if layout == "table":
-        builder.add("| Name | " + " | ".join(LABELS[key] for key in shared_fields) + " |\n")
+        builder.add_table_header(shared_fields)
     asked_words = 0
     written: list[int] = []
     for place in chosen:
-        fields = shared_fields if layout == "table" else draw_fields()
+        fields = shared_fields if layout == "table" else draw_fields(rng)
         words = 8 * len(fields)
         full = builder.words - asked_words + words > record_words or builder.words + words + 16 > max_words
         if written and full:
@@ -373,10 +381,12 @@ def main() -> None:
 __all__ = [
     "FIELD_WEIGHTS",
     "LAYOUTS",
+    "DocumentBuilder",
     "GazetteerDocument",
     "Question",
     "WriteDocumentsArguments",
     "document_json",
+    "draw_fields",
     "format_value",
     "generate_documents",
     "write_documents",

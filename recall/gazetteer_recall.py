@@ -8,6 +8,7 @@ that ends it, given the *true* tokens before, equals the true token. Greedy deco
 first mistake, so one forward pass over the document gives the verdict of every question in it, without generating.
 """
 
+import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -78,7 +79,9 @@ def locate_questions(document: GazetteerDocument, tokenizer: PreTrainedTokenizer
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     questions = []
     for question in document.questions:
-        start = encoding.char_to_token(question.answer_start)
+        # a blank before an answer may belong to no token
+        characters = range(question.answer_start, question.answer_end)
+        start = next(token for token in map(encoding.char_to_token, characters) if token is not None)
         end = encoding.char_to_token(question.answer_end)
         value = encoding.char_to_token(question.answer_start - question.distance)
         questions.append(TokenQuestion(len(prefix) + start, len(prefix) + end + 1, start - value, question.field))
@@ -125,6 +128,7 @@ def recalled_answers(
     kept = [i for i, (ids, _) in enumerate(located) if max_tokens is None or len(ids) <= max_tokens]
     order = sorted(kept, key=lambda i: len(located[i][0]))
     results: list[list[tuple[TokenQuestion, bool]]] = [[] for _ in documents]
+    limits_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     was_training = model.training
     model.eval()
     try:
@@ -134,16 +138,23 @@ def recalled_answers(
             batch = torch.zeros(len(rows), width, dtype=torch.long)
             for row, i in enumerate(rows):
                 batch[row, : len(located[i][0])] = torch.tensor(located[i][0])
-            predicted = model(input_ids=batch.to(model.device), use_cache=False).logits.argmax(-1).cpu()
+            # the logits of a long context are far larger than the model: only those from the first answer on are computed
+            first_answer = min((question.start for i in rows for question in located[i][1]), default=width)
+            kept_logits = {"logits_to_keep": width - first_answer + 1} if limits_logits else {}
+            predicted = model(input_ids=batch.to(model.device), use_cache=False, **kept_logits).logits.argmax(-1).cpu()
+            skipped = width - predicted.shape[1]
+            hits = (predicted[:, :-1] == batch[:, skipped + 1 :]).tolist()
             for row, i in enumerate(rows):
-                hits = (predicted[row, :-1] == batch[row, 1:]).tolist()
-                results[i] = [(question, all(hits[question.start - 1 : question.end - 1])) for question in located[i][1]]
+                results[i] = [
+                    (question, all(hits[row][question.start - 1 - skipped : question.end - 1 - skipped]))
+                    for question in located[i][1]
+                ]
     finally:
         model.train(was_training)
     return results
 
 
-def _accuracy(groups: Sequence[Sequence[bool]], samples: int = 1000, seed: int = 0) -> Accuracy:
+def bootstrap_accuracy(groups: Sequence[Sequence[bool]], samples: int = 1000, seed: int = 0) -> Accuracy:
     """Accuracy over all verdicts; its interval resamples the groups (documents), whose questions share a context."""
     groups = [group for group in groups if group]
     total = sum(map(len, groups))
@@ -185,10 +196,10 @@ def evaluate_recall(
         alone = recalled_answers(model, tokenizer, closed_book_documents(documents), batch_size=8 * batch_size)
 
     def by_field(verdicts: list[list[tuple[TokenQuestion, bool]]], names: Sequence[str]) -> Accuracy:
-        return _accuracy([[hit for question, hit in group if question.field in names] for group in verdicts])
+        return bootstrap_accuracy([[hit for question, hit in group if question.field in names] for group in verdicts])
 
     def within(low: int, high: int) -> Accuracy:
-        return _accuracy(
+        return bootstrap_accuracy(
             [
                 [hit for question, hit in group if question.field in RECALL_FIELDS and low <= question.distance < high]
                 for group in results
@@ -298,6 +309,7 @@ __all__ = [
     "Accuracy",
     "GazetteerRecall",
     "GazetteerRecallArguments",
+    "bootstrap_accuracy",
     "closed_book_documents",
     "evaluate",
     "evaluate_recall",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import recall_mqar
+from . import recall_benchmark, recall_mqar
 from .errors import CommandError
 from .options import Debug, Device, Json, Model, add_command, show_help
 from .sources import DEFAULT_MODEL, load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
@@ -88,6 +88,10 @@ def gazetteer(
 
 add_command(app, "gazetteer", gazetteer, EXAMPLES)
 add_command(app, "mqar", recall_mqar.mqar, recall_mqar.EXAMPLES)
+add_command(app, "gazetteer-benchmark", recall_benchmark.gazetteer_benchmark, recall_benchmark.BENCHMARK_EXAMPLES)
+add_command(app, "repeated-bigrams", recall_benchmark.repeated_bigrams, recall_benchmark.BIGRAMS_EXAMPLES)
+add_command(app, "lm-eval", recall_benchmark.run_harness, recall_benchmark.HARNESS_EXAMPLES)
+add_command(app, "lm-eval-tasks", recall_benchmark.lm_eval_tasks, recall_benchmark.TASKS_EXAMPLES)
 
 
 def _write_documents(path: Path, num_documents: int, split: str, sizes: dict[str, Any]) -> dict[str, Any]:
