@@ -120,7 +120,7 @@ def test_version_has_an_entry_in_the_changelog():
 
 def test_extras_exist():
     extras = setup_cfg()["options.extras_require"]
-    assert {"triton", "demo", "mcp", "geo", "train", "audit", "docs", "dev"} <= set(extras)
+    assert {"triton", "demo", "mcp", "geo", "train", "audit", "eval", "docs", "dev"} <= set(extras)
 
 
 def test_licence_files_exist():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -226,10 +227,9 @@ def repeated_bigrams(
     ).to_dict()
     settings = {"model": model, "text": [str(path) for path in text], "context_length": context_length, "stride": stride}
     if json_output:
-        slices = ("repeated", "other", "overall")
-        for name in slices:
-            if not split[name]["num_tokens"]:
-                split[name]["token_perplexity"] = None  # JSON has no NaN
+        for name in ("repeated", "other", "overall"):
+            if not math.isfinite(split[name]["token_perplexity"]):
+                split[name]["token_perplexity"] = None  # JSON has neither NaN nor infinity
         print(json.dumps({"arguments": settings | {"dtype": str(loaded.dtype), "threshold": threshold}, "perplexity": split}))
         return
     rows = [f"{model}: token perplexity"]
