@@ -11,6 +11,7 @@ import typer
 
 from .errors import CommandError
 from .options import Debug, Device, Json, Model, add_command, show_help
+from .recall_twins import add_twins
 from .sources import DEFAULT_MODEL, load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
 
 app = typer.Typer(callback=show_help, invoke_without_command=True, help="Measure recall from what stands in the context.")
@@ -86,6 +87,7 @@ def gazetteer(
 
 
 add_command(app, "gazetteer", gazetteer, EXAMPLES)
+add_twins(app)
 
 
 def _write_documents(path: Path, num_documents: int, split: str, sizes: dict[str, Any]) -> dict[str, Any]:
