@@ -14,13 +14,11 @@ from geobased.modeling_based.modeling_based import BasedForCausalLM
 
 FAST, LOOP = "CUDA graphs of geobased", "transformers' loop"
 LLAMA_DYNAMIC, LLAMA_STATIC = "transformers Llama, dynamic cache", "transformers Llama, static cache, compiled"
-# tokens of the call whose time is subtracted, so that reading the prompt does not count
-FIRST_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class GenerationSpeed:
-    """tokens_per_second: of decoding alone; end_to_end: with reading the prompt; both count the tokens of all sequences."""
+    """Tokens of all sequences together: after the first one, whose time is that of reading the prompt, and with it."""
 
     tokens_per_second: float
     end_to_end_tokens_per_second: float
@@ -65,10 +63,11 @@ def generation_speed(
     """Greedy decoding of `new_tokens` tokens after random prompts, the better of two runs after one that warms up.
 
     Raises:
-        ValueError: not more than `FIRST_TOKENS` new tokens.
+        ValueError: fewer than two new tokens.
+        RuntimeError: more tokens took no longer than the first, on a busy machine.
     """
-    if new_tokens <= FIRST_TOKENS:
-        raise ValueError(f"new_tokens={new_tokens} must be more than {FIRST_TOKENS}, which are subtracted with the prompt")
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens={new_tokens} must be at least 2: the first comes with the prompt, whose time is subtracted")
     device = model.device
     ids = torch.randint(2, model.config.vocab_size, (batch_size, prompt_length), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)
@@ -83,15 +82,16 @@ def generation_speed(
         run(new_tokens, **({"cache_implementation": "static"} if static_cache else {}))
 
     # with a static cache each length would be compiled anew: its prompt is timed with the dynamic one
-    first = 1 if static_cache else FIRST_TOKENS
-    run(first)
+    run(1)
     whole()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    short = min(_seconds(lambda: run(first), device) for _ in range(2))
+    short = min(_seconds(lambda: run(1), device) for _ in range(2))
     long = min(_seconds(whole, device) for _ in range(2))
+    if long <= short:
+        raise RuntimeError(f"{new_tokens} tokens took {long:.3g} s, and the first alone {short:.3g} s: time more tokens")
     return GenerationSpeed(
-        tokens_per_second=batch_size * (new_tokens - first) / max(long - short, 1e-9),
+        tokens_per_second=batch_size * (new_tokens - 1) / (long - short),
         end_to_end_tokens_per_second=batch_size * new_tokens / long,
         peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )

@@ -24,8 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from geobased.modeling_based.configuration_based import BasedConfig
 from geobased.modeling_based.modeling_based import BasedForCausalLM
-from geobased.recall.gazetteer_benchmark import BenchmarkExample, benchmark_examples, evaluate_benchmark
+from geobased.recall.gazetteer_benchmark import BATCH_TOKENS, BenchmarkExample, benchmark_examples, evaluate_benchmark
+from geobased.recall.gazetteer_documents import generate_documents
 from geobased.recall.places import load_places
+from geobased.recall.repeated_bigrams import evaluate_split_perplexity, frequent_bigrams
 from geobased.recall.state_size import state_bytes
 from geobased.recall.twin_data import PhaseSettings, document_rows, text_tokens
 from geobased.recall.twin_plots import plot_throughput_against_recall, plot_twins
@@ -38,6 +40,8 @@ MODELS = ("based", "attention", "sliding_window", "llama")
 DEFAULT_MODELS = ("based", "attention", "sliding_window")
 PEER = "transformers_llama"
 RESULTS_FILE = "results.json"
+# of the documents for perplexity, which are of held-out places; and the windows in which it is taken
+HELD_OUT_SEED, PERPLEXITY_CONTEXT = 103, 1024
 # losses in the results are means of so many steps
 LOGGED_STEPS = 10
 
@@ -52,22 +56,27 @@ class TwinSettings:
     feature_dim: int = 16
     sliding_window: int = 64
     blocks: int = 2
-    tokens: int = 60_000_000
+    tokens: int = 50_000_000
     """Of one run."""
     tokens_per_step: int = 32_768
     phases: tuple[PhaseSettings, ...] = (
-        PhaseSettings(1024, 0.6, num_documents=64_000, max_words=400, max_records=24),
-        PhaseSettings(8192, 0.4, num_documents=8_000, max_words=3200, max_records=250),
+        # recall is learnt on short documents, and stretched on long ones
+        PhaseSettings(512, 0.25, num_documents=40_000, max_words=160, max_records=6),
+        PhaseSettings(1024, 0.4, num_documents=48_000, max_words=400, max_records=24),
+        PhaseSettings(8192, 0.35, num_documents=7_000, max_words=3200, max_records=250),
     )
     text_share: float = 0.1
     counterfactual: float = 0.9
     learning_rates: tuple[float, ...] = (2e-3,)
     """With more than one, seed 0 is trained with each, and the best on validation documents serves the other seeds."""
-    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=0.0)
+    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=0.0, answer_weight=8.0)
     """`learning_rate` is set by `learning_rates`."""
     num_seeds: int = 3
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
-    num_examples: int = 100
+    num_examples: int = 125
+    """Of each length."""
+    num_held_out_documents: int = 200
+    """For perplexity."""
     throughput_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Tokens of prompt and continuation together."""
     throughput_batch_size: int = 128
@@ -95,6 +104,7 @@ PRESETS = {
         num_seeds=1,
         lengths=(256, 1024),
         num_examples=20,
+        num_held_out_documents=20,
         throughput_lengths=(512,),
         throughput_batch_size=16,
         new_tokens=64,
@@ -103,7 +113,7 @@ PRESETS = {
     # one H200, about eight minutes
     "standard": TwinSettings(),
     # the same models with twice the tokens, and two learning rates
-    "long": TwinSettings(tokens=120_000_000, learning_rates=(1e-3, 3e-3)),
+    "long": TwinSettings(tokens=100_000_000, learning_rates=(1e-3, 3e-3)),
 }
 
 
@@ -168,7 +178,10 @@ class _Experiment:
     rows: list[Rows]
     validation: list[Rows]
     examples: list[BenchmarkExample]
-    held_out_text: list[str]
+    held_out: dict[str, list[str]]
+    """Texts for perplexities."""
+    frequent: torch.Tensor
+    """Bigrams that occur so often in training that repeating them is no recall."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,12 +217,15 @@ class _Experiment:
 
     def evaluate(self, model: BasedForCausalLM) -> dict[str, Any]:
         """Recall by length, the same without the records, and perplexities of held-out text."""
-        recall = evaluate_benchmark(model, self.tokenizer, self.examples, contains=False)
+        batch = BATCH_TOKENS * (4 if self.device.type == "cuda" else 1)
+        recall = evaluate_benchmark(model, self.tokenizer, self.examples, contains=False, batch_tokens=batch)
         return {
             "recall": recall.to_dict(),
             "perplexity": {
-                "held_out_documents": self._perplexity(model, self.held_out_documents),
-                **({"held_out_text": self._perplexity(model, self.held_out_text)} if self.held_out_text else {}),
+                name: evaluate_split_perplexity(
+                    model, self.tokenizer, texts, PERPLEXITY_CONTEXT, batch_size=16, frequent=self.frequent
+                ).to_dict()
+                for name, texts in self.held_out.items()
             },
         }
 
@@ -285,7 +301,9 @@ def run_twins(
     late = False
     while (planned := _next_run(results, settings, models)) is not None:
         name, seed, learning_rate = planned
-        experiment = experiment or _prepare(settings, tokenizer, device, text, held_out_text, cache_dir or folder / "data", num_workers, report)
+        experiment = experiment or _prepare(
+            settings, tokenizer, device, text, held_out_text, cache_dir or folder / "data", num_workers, report
+        )
         expected = longest.get(name, max(longest.values(), default=0.0))
         if late := is_late(1.1 * expected):
             report(f"{max_seconds:g} seconds do not suffice for {name}, seed {seed}: call again to go on")
@@ -363,6 +381,11 @@ def _prepare(
     validation = [document_rows(phase, tokenizer, cache_dir, validation=True, **options) for phase in settings.phases]
     places = load_places("held_out")
     examples = benchmark_examples(places, tokenizer, settings.lengths, settings.num_examples)
+    documents = generate_documents(places, settings.num_held_out_documents, HELD_OUT_SEED)
+    held_out = {"held_out_documents": [document.text for document in documents]}
+    if held_out_text:
+        held_out["held_out_text"] = [read_text(path) for path in held_out_text]
+    frequent = frequent_bigrams([row.tokens for row in rows])
     number = sum(r.tokens.numel() for r in rows)
     report(f"{number:,} training tokens, {len(examples):,} examples: {time.perf_counter() - started:.0f} s")
     return _Experiment(
@@ -372,7 +395,8 @@ def _prepare(
         rows=[r.to(device) for r in rows],
         validation=validation,
         examples=examples,
-        held_out_text=[read_text(Path(path)) for path in held_out_text],
+        held_out=held_out,
+        frequent=frequent,
     )
 
 
@@ -403,7 +427,10 @@ def _next_run(results: dict[str, Any], settings: TwinSettings, models: Sequence[
 def _run_facts(run: TrainingRun) -> dict[str, Any]:
     facts = asdict(run)
     losses = torch.tensor(facts.pop("losses"))
-    means = [[min(i + LOGGED_STEPS, run.steps), chunk.mean().item()] for i, chunk in zip(range(0, run.steps, LOGGED_STEPS), losses.split(LOGGED_STEPS), strict=True)]
+    means = [
+        [min(i + LOGGED_STEPS, run.steps), chunk.mean().item()]
+        for i, chunk in zip(range(0, run.steps, LOGGED_STEPS), losses.split(LOGGED_STEPS), strict=True)
+    ]
     return {**facts, "losses": means}
 
 
@@ -412,7 +439,7 @@ def _run_line(run: dict[str, Any], seconds: float) -> str:
     shown = ", ".join(f"{length}: {100 * accuracy['accuracy']:.0f} %" for length, accuracy in recall.items())
     return (
         f"{run['model']}, seed {run['seed']}, rate {run['learning_rate']:g}: {run['tokens'] / 1e6:.1f} M tokens,"
-        f" {run['tokens_per_second'] / 1e6:.2f} M tokens/s, loss {run['losses'][-1][1]:.3f}, recall {shown}; {seconds:.0f} s in all"
+        f" {run['tokens_per_second'] / 1e6:.2f} M tokens/s, loss {run['losses'][-1][1]:.3f}, recall {shown}; {seconds:.0f} s"
     )
 
 
