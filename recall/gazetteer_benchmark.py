@@ -14,7 +14,7 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class BenchmarkExample:
     """A context with one question.
 
     Attributes:
-        document: text of the context, the question and its answer, and where the answer stands.
+        document: text of the context, the question and its answer, and where the answer stands, with the blank before it.
         index: of the example among those of its length.
         length: most tokens of the text, with the beginning-of-text token, the answer and the token that ends it.
         depth: 0 where the first record is asked for, 1 where the last is.
@@ -64,12 +64,12 @@ class BenchmarkExample:
 
     @property
     def prompt(self) -> str:
-        """Everything up to the answer, without the blank before it, which tokenizers count to the answer."""
-        return self.document.text[: self.document.questions[0].answer_start].rstrip(" ")
+        """Everything up to the answer, without the blank before it."""
+        return self.document.text[: self.document.questions[0].answer_start]
 
     @property
     def answer(self) -> str:
-        return self.document.questions[0].answer
+        return self.document.questions[0].answer.strip()
 
     @property
     def ending(self) -> str:
@@ -117,6 +117,22 @@ class BenchmarkResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, report: dict[str, Any]) -> "BenchmarkResult":
+        """What `to_dict` made plain dictionaries of, for instance on another machine."""
+
+        def group(items: dict[str, Any]) -> dict[str, Accuracy]:
+            return {name: Accuracy(**item) for name, item in items.items()}
+
+        def breakdown(items: dict[str, Any]) -> Breakdown:
+            cells = {length: group(row) for length, row in items["by_length_and_depth"].items()}
+            groups = {name: group(items[name]) for name in ("by_length", "by_depth", "by_layout", "by_field")}
+            return Breakdown(overall=Accuracy(**items["overall"]), by_length_and_depth=cells, **groups)
+
+        metrics = {name: breakdown(report[name]) if report[name] else None for name in ("exact", "contains")}
+        closed_book = {metric: group(items) for metric, items in report["closed_book"].items()}
+        return cls(**{**report, **metrics, "closed_book": closed_book})
 
 
 def contains_answer(generation: str, answer: str) -> bool:
@@ -218,7 +234,7 @@ class _Context:
             num_tokens += 1 + (self.tokenizer.bos_token_id is not None)
             if num_tokens <= length:
                 values = [format_value(place, self.asked) for place in self.places[:num_records]]
-                share = values.count(document.questions[0].answer) / num_records
+                share = values.count(document.questions[0].answer.strip()) / num_records
                 return BenchmarkExample(document, index, length, depth, num_tokens, share)
         raise ValueError(f"{length} tokens do not hold two records and a question; use longer contexts")
 
@@ -229,8 +245,16 @@ class _Context:
             random.Random(f"{self.seed}/question"), text, values=self.builder.values, open=[(place, self.asked)]
         )
         asking.add_question()
+        (question,) = asking.questions
+        # to write the blank before it is part of the task: the prompt ends without, as tokenizers want it
+        question = replace(
+            question,
+            answer=f" {question.answer}",
+            answer_start=question.answer_start - 1,
+            distance=question.distance - 1,
+        )
         ids = tuple(place.geonames_id for place in self.places[:num_records])
-        return GazetteerDocument(asking.text, tuple(asking.questions), ids, self.layout)
+        return GazetteerDocument(asking.text, (question,), ids, self.layout)
 
 
 @torch.inference_mode()
@@ -332,7 +356,7 @@ def evaluate_benchmark(
     if contains:
         prompts = {
             "contains": [example.prompt for example in examples],
-            "alone": [document.text[: document.questions[0].answer_start].rstrip(" ") for document in questions],
+            "alone": [document.text[: document.questions[0].answer_start] for document in questions],
         }
         decode = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "progress": progress}
         answers = [example.answer for example in examples]

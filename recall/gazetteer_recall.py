@@ -79,7 +79,9 @@ def locate_questions(document: GazetteerDocument, tokenizer: PreTrainedTokenizer
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     questions = []
     for question in document.questions:
-        start = encoding.char_to_token(question.answer_start)
+        # a blank before an answer may belong to no token
+        characters = range(question.answer_start, question.answer_end)
+        start = next(token for token in map(encoding.char_to_token, characters) if token is not None)
         end = encoding.char_to_token(question.answer_end)
         value = encoding.char_to_token(question.answer_start - question.distance)
         questions.append(TokenQuestion(len(prefix) + start, len(prefix) + end + 1, start - value, question.field))

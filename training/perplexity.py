@@ -54,33 +54,20 @@ def evaluate_perplexity(
         >>> evaluate_perplexity(model, tokenizer, "To be, or not to be", context_length=16).bits_per_byte  # doctest: +SKIP
         2.31
     """
-    stride = max(context_length // 2, 1) if stride is None else stride
-    if context_length < 2 or not 1 <= stride < context_length:
-        raise ValueError(f"need 1 <= stride < context_length, got stride={stride} and context_length={context_length}")
     texts = [text] if isinstance(text, str) else list(text)
-    if not texts or not all(item.strip() for item in texts):
-        raise ValueError("the text is empty")
-    if tokenizer.bos_token_id is None:
-        raise ValueError("the tokenizer has no beginning-of-text token to predict the first token from")
-    windows: list[tuple[torch.Tensor, int]] = []
-    num_tokens = 0
-    for item in texts:
-        encoded = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = torch.tensor([tokenizer.bos_token_id, *encoded])
-        num_tokens += len(encoded)
-        windows.append((ids[:context_length], 1))
-        for start in range(stride, ids.numel() - context_length + stride, stride):
-            windows.append((ids[start : start + context_length], context_length - stride))
+    windows = perplexity_windows(tokenizer, texts, context_length, stride)
+    num_tokens = sum(ids.numel() - first for ids, first in windows)
     was_training = model.training
     model.eval()
     try:
-        total = sum(_window_losses(model, windows[first : first + batch_size]) for first in range(0, len(windows), batch_size))
+        batches = (windows[first : first + batch_size] for first in range(0, len(windows), batch_size))
+        total = sum(losses[counted].sum().item() for _, losses, counted in (window_losses(model, batch) for batch in batches))
     finally:
         model.train(was_training)
     num_words, num_bytes = sum(len(item.split()) for item in texts), sum(len(item.encode("utf-8")) for item in texts)
     return Perplexity(
-        token_perplexity=_exp(total / num_tokens),
-        word_perplexity=_exp(total / num_words),
+        token_perplexity=exp_or_infinity(total / num_tokens),
+        word_perplexity=exp_or_infinity(total / num_words),
         bits_per_byte=total / num_bytes / math.log(2),
         negative_log_likelihood=total,
         num_tokens=num_tokens,
@@ -89,20 +76,51 @@ def evaluate_perplexity(
     )
 
 
-def _window_losses(model: PreTrainedModel, windows: list[tuple[torch.Tensor, int]]) -> float:
-    """Negative log-likelihood of windows, each an (ids, index of the first token that counts)."""
+def perplexity_windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context_length: int = 1024, stride: int | None = None
+) -> list[tuple[torch.Tensor, int]]:
+    """Windows of texts as (ids [tokens], index of the first token that counts); each token counts in exactly one of them.
+
+    See `evaluate_perplexity` for the arguments and errors.
+    """
+    stride = max(context_length // 2, 1) if stride is None else stride
+    if context_length < 2 or not 1 <= stride < context_length:
+        raise ValueError(f"need 1 <= stride < context_length, got stride={stride} and context_length={context_length}")
+    if not texts or not all(item.strip() for item in texts):
+        raise ValueError("the text is empty")
+    if tokenizer.bos_token_id is None:
+        raise ValueError("the tokenizer has no beginning-of-text token to predict the first token from")
+    windows: list[tuple[torch.Tensor, int]] = []
+    for item in texts:
+        encoded = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor([tokenizer.bos_token_id, *encoded])
+        windows.append((ids[:context_length], 1))
+        for start in range(stride, ids.numel() - context_length + stride, stride):
+            windows.append((ids[start : start + context_length], context_length - stride))
+    return windows
+
+
+def window_losses(
+    model: PreTrainedModel, windows: list[tuple[torch.Tensor, int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids [batch, tokens] of windows, each predicted token's negative log-likelihood [batch, tokens - 1], and which count.
+
+    The likelihoods are in nats and float64; all three are on the CPU.
+    """
     # short windows are filled up on the right, which a causal model cannot see
-    rows = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in windows], batch_first=True).to(model.device)
+    rows = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in windows], batch_first=True)
     positions = torch.arange(1, rows.shape[1])
     counted = torch.stack([(positions >= first) & (positions < ids.numel()) for ids, first in windows])
-    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="none")
-    return losses.double().view(counted.shape)[counted.to(losses.device)].sum().item()
+    on_device = rows.to(model.device)
+    logits = model(input_ids=on_device, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), on_device[:, 1:].flatten(), reduction="none")
+    # MPS has no float64
+    return rows, losses.view(counted.shape).cpu().double(), counted
 
 
-def _exp(value: float) -> float:
+def exp_or_infinity(value: float) -> float:
     """exp, infinite where a float overflows (an untrained model's word perplexity)."""
     return math.exp(value) if value < 700 else math.inf
 
 
-__all__ = ["Perplexity", "evaluate_perplexity"]
+__all__ = ["Perplexity", "evaluate_perplexity", "exp_or_infinity", "perplexity_windows", "window_losses"]

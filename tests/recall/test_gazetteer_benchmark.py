@@ -1,3 +1,4 @@
+import json
 import re
 from collections import Counter
 
@@ -6,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from geobased.recall.gazetteer_benchmark import (
+    BenchmarkResult,
     benchmark_examples,
     contains_answer,
     evaluate_benchmark,
@@ -124,6 +126,7 @@ def test_evaluation_counts_what_the_metrics_say(model, tokenizer, examples, tmp_
     assert sum(group.num_questions for group in result.exact.by_layout.values()) == result.num_examples == 50
     assert set(result.closed_book) == {"exact", "contains"} and set(result.closed_book["exact"]) == {"overall", *RECALL_FIELDS}
     assert 0.05 < result.random_record["512"] < result.random_record["256"] < 0.5
+    assert BenchmarkResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     quick = evaluate_benchmark(model, tokenizer, examples, contains=False, closed_book=False)
     assert quick.contains is None and quick.closed_book == {} and quick.exact == result.exact
     pytest.importorskip("matplotlib")
