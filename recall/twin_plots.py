@@ -95,7 +95,7 @@ def plot_twins(results: dict[str, Any], path: str | Path) -> None:
 
 def _split_perplexity(row: dict[str, Any]) -> dict[str, float]:
     perplexity = row["perplexity"]
-    split = perplexity.get("held_out_text", perplexity["held_out_documents"])
+    split = perplexity["held_out_text" if "held_out_text" in perplexity else "held_out_documents"]
     return {key: split[key]["token_perplexity"] for key in ("repeated", "other")}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from geobased.kernels.sliding_window_attention_step import MAX_TRITON_WINDOW
+from geobased.modeling_based import fast_generation
 from geobased.modeling_based.configuration_based import BasedConfig
 from geobased.modeling_based.fast_generation import release_generation_buffers
 from geobased.modeling_based.modeling_based import BasedForCausalLM
@@ -115,14 +117,18 @@ def based_speeds(
     Windows that cover the whole sequence, as in the attention twin, are also timed in transformers' loop, where PyTorch's
     attention reads the keys there are, and the faster of the two counts.
     """
-    full_attention = max(_windows(config), default=0) >= prompt_length + new_tokens
+    loops = [LOOP]
+    if device.type == "cuda":
+        full_attention = "sliding_attention" in config.mixers and config.sliding_window >= prompt_length + new_tokens  # type: ignore[operator]
+        # beyond, the step's kernel gives way to its plain form, which is slower than the other loop
+        loops = [FAST] if not full_attention else [FAST, LOOP] if config.sliding_window <= MAX_TRITON_WINDOW else [LOOP]
     speeds = {}
-    for loop in (FAST, LOOP) if full_attention or device.type != "cuda" else (FAST,):
-        if loop == FAST and device.type != "cuda":
-            continue
+    for loop in loops:
         model = random_model(config, device, dtype)
         model.fast_generation = loop == FAST
         speeds[loop] = generation_speed(model, batch_size, prompt_length, new_tokens)
+        if loop == FAST and model not in fast_generation._steps:
+            raise RuntimeError("generate did not run as CUDA graphs, and the reason is in transformers' log at level INFO")
         release_generation_buffers(model)
     return speeds
 
@@ -143,10 +149,6 @@ def llama_speeds(
     if compiled:
         speeds[LLAMA_STATIC] = generation_speed(model, batch_size, prompt_length, new_tokens, static_cache=True)
     return speeds
-
-
-def _windows(config: BasedConfig) -> list[int]:
-    return [config.sliding_window for mixer in config.mixers or () if mixer == "sliding_attention"]
 
 
 __all__ = [

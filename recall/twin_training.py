@@ -10,7 +10,7 @@ them as views of few flat buffers, so that clipping, rounding and AdamW are one 
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,13 +59,16 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """losses: (steps,) of every step, in nats per token with answers weighted; seconds: without warm-up steps and captures."""
+    """losses: (steps,) of every step, in nats per token with answers weighted.
+
+    seconds, tokens_per_second: without warm-up steps and captures; the speed is None where no step is left.
+    """
 
     losses: list[float]
     tokens: int
     steps: int
     seconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     captured: bool
     peak_memory_bytes: int | None
 
@@ -196,7 +199,7 @@ class Trainer:
             tokens=tokens,
             steps=first_step,
             seconds=seconds,
-            tokens_per_second=timed_tokens / seconds if seconds else float("nan"),
+            tokens_per_second=timed_tokens / seconds if seconds else None,
             captured=self.captured,
             peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
         )
@@ -233,11 +236,11 @@ class Trainer:
             torch.cuda.empty_cache()
         return (len(order) - eager, seconds) if len(order) > eager else None
 
-    def _capture(self, step: "object") -> "torch.cuda.CUDAGraph | None":
+    def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                step()  # type: ignore[operator]
+                step()
         except RuntimeError as error:
             warnings.warn(f"the training step could not be captured and runs op by op, more slowly: {error}", stacklevel=2)
             self.captured = False
@@ -281,7 +284,7 @@ def weighted_loss(
 ) -> torch.Tensor:
     """Mean loss over the tokens that are no padding; those of `answers` (bool, like ids) count `answer_weight` times."""
     losses = token_losses(model, ids, pad_token_id)
-    weights = torch.where(answers[:, 1:], answer_weight, 1.0) * (ids[:, 1:] != pad_token_id)
+    weights = (1.0 + (answer_weight - 1.0) * answers[:, 1:]) * (ids[:, 1:] != pad_token_id)
     return (losses * weights).sum() / weights.sum()
 
 
