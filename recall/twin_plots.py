@@ -49,6 +49,15 @@ def _axes(columns: int) -> tuple[Any, Any]:
     return figure, panels
 
 
+def _plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value / 1e6:g} M"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def plot_twins(results: dict[str, Any], path: str | Path) -> None:
     """Draw recall over the length of the context, and perplexity of tokens that repeat a bigram and of others (PNG).
 
@@ -75,19 +84,18 @@ def plot_twins(results: dict[str, Any], path: str | Path) -> None:
     recall.set_ylabel("answers recalled exactly (%)")
     recall.legend(frameon=False)
 
-    groups = {"repeated": "repeat a bigram", "other": "all others"}
-    width = 0.8 / len(models)
+    groups = {"repeated": "tokens that\nrepeat a bigram", "other": "all others"}
     for number, name in enumerate(models):
         runs = {row["seed"]: _split_perplexity(row) for row in results["rows"] if row["model"] == name}
         values_of = {key: [run[key] for run in runs.values()] for key in groups}
-        places = [i + (number - (len(models) - 1) / 2) * width for i in range(len(groups))]
+        places = [i + 0.16 * (number - (len(models) - 1) / 2) for i in range(len(groups))]
         heights = [mean(values_of[key]) for key in groups]
         spread = [list(side) for side in zip(*(_spread(values_of[key]) for key in groups), strict=True)]
-        bars = perplexity.bar(places, heights, 0.92 * width, yerr=spread, capsize=3, color=COLOURS[name])
-        perplexity.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=8, padding=4)
+        perplexity.errorbar(places, heights, spread, marker="o", linestyle="", capsize=3, color=COLOURS[name])
     perplexity.set_yscale("log")
-    perplexity.set_xticks(range(len(groups)), [f"tokens that\n{groups['repeated']}", groups["other"]])
-    perplexity.grid(visible=False, axis="x")
+    _plain_numbers(perplexity.yaxis)
+    perplexity.set_xticks(range(len(groups)), list(groups.values()))
+    perplexity.set_xlim(-0.6, len(groups) - 0.4)
     source = "held-out text" if "held_out_text" in results["rows"][0]["perplexity"] else "held-out documents"
     perplexity.set_ylabel(f"perplexity, {source}")
     figure.savefig(path, dpi=150)
@@ -123,17 +131,16 @@ def plot_throughput_against_recall(results: dict[str, Any], path: str | Path) ->
     if not lengths:
         raise ValueError("no model was both evaluated and timed at one length yet")
     axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
+    axes.margins(x=0.12)
     axes.set_ylim(-2, 103)
     entry = results["throughput"][0]
     axes.set_xlabel(f"tokens per second, batch {entry['batch_size']} ({results['device']})")
     axes.set_ylabel("answers recalled exactly (%)")
-    colours = axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="model")
-    axes.add_artist(colours)
-    sizes = [axes.scatter([], [], _area(length), color="#8c959f", label=f"{length:,}") for length in sorted(lengths)]
-    axes.legend(
-        sizes, [f"{length:,}" for length in sorted(lengths)], frameon=False, loc="lower left", bbox_to_anchor=(1, 0),
-        title="tokens of context", labelspacing=0.8,
-    )  # fmt: skip
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right upper", title="model")
+    sizes = [axes.scatter([], [], _area(length), color="#8c959f") for length in sorted(lengths)]
+    names = [f"{length:,}" for length in sorted(lengths)]
+    figure.legend(sizes, names, frameon=False, loc="outside right lower", title="tokens of context", labelspacing=0.8)
     figure.savefig(path, dpi=150)
 
 
