@@ -1,21 +1,30 @@
-"""How fast models of equal size generate, in tokens per second of a whole batch."""
+"""How fast models of equal size generate, in tokens per second of a whole batch.
 
+Each kind of model is timed in the ways that suit it, and the fastest counts. Full attention runs in the same CUDA graphs as
+BASED, so that neither waits for Python: over a ring of keys as long as the sequence, by geobased's kernel for windows, which is
+made for short ones, or by PyTorch's attention.
+"""
+
+import contextlib
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from geobased.kernels.sliding_window_attention_step import MAX_TRITON_WINDOW
-from geobased.modeling_based import fast_generation
+from geobased.kernels.rotary_embedding import rotary_embedding
+from geobased.modeling_based import decode_graph, fast_generation
 from geobased.modeling_based.configuration_based import BasedConfig
-from geobased.modeling_based.fast_generation import release_generation_buffers
 from geobased.modeling_based.modeling_based import BasedForCausalLM
 
-FAST, LOOP = "CUDA graphs of geobased", "transformers' loop"
+GRAPHS, GRAPHS_SDPA, LOOP = "CUDA graphs", "CUDA graphs, PyTorch's attention", "transformers' loop"
 LLAMA_DYNAMIC, LLAMA_STATIC = "transformers Llama, dynamic cache", "transformers Llama, static cache, compiled"
+# beyond, PyTorch's attention is the faster one by far, and the kernel takes long to compile
+KERNEL_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ def equal_llama(num_parameters: int, config: BasedConfig, length: int) -> LlamaC
     width, layers = config.hidden_size, config.num_hidden_layers
     attention, norms = 4 * width * config.num_attention_heads * (config.head_dim or 0), 2 * width
     left = num_parameters - config.vocab_size * width - width - layers * (attention + norms)
-    return LlamaConfig(
+    return LlamaConfig(  # type: ignore[call-arg]
         vocab_size=config.vocab_size,
         hidden_size=width,
         intermediate_size=max(8, round(left / (3 * width * layers) / 8) * 8),
@@ -51,9 +60,8 @@ def equal_llama(num_parameters: int, config: BasedConfig, length: int) -> LlamaC
 def random_model(config: BasedConfig | LlamaConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A model whose random weights do for timing: it writes as fast as a trained one, since nothing ends its sequences."""
     torch.manual_seed(0)
-    with device:
-        model = LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else BasedForCausalLM(config)
-    model = model.to(dtype).eval()
+    model: Any = LlamaForCausalLM(config) if isinstance(config, LlamaConfig) else BasedForCausalLM(config)
+    model = model.to(device, dtype).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = config.pad_token_id
     return model
@@ -75,8 +83,10 @@ def generation_speed(
     ids = ids.to(device)
     mask = torch.ones_like(ids)
 
+    generate: Any = model.generate
+
     def run(length: int, **arguments: Any) -> None:
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False, **arguments)
+        output = generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False, **arguments)
         if output.shape != (batch_size, prompt_length + length):
             raise RuntimeError(f"generate returned {tuple(output.shape)}, not {length} new tokens")
 
@@ -109,57 +119,100 @@ def _seconds(function: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def based_speeds(
-    config: BasedConfig, batch_size: int, prompt_length: int, new_tokens: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, GenerationSpeed]:
-    """Speeds of a BASED model or a twin of it, by the loop that generates.
+def ways_to_generate(config: BasedConfig | LlamaConfig, length: int, device: torch.device, *, compiled: bool) -> list[str]:
+    """Names of the ways in which a model's generation up to `length` tokens is timed.
 
-    Windows that cover the whole sequence, as in the attention twin, are also timed in transformers' loop, where PyTorch's
-    attention reads the keys there are, and the faster of the two counts.
+    `compiled` adds Llama with a static cache, which transformers compiles on a GPU.
     """
-    loops = [LOOP]
-    if device.type == "cuda":
-        full_attention = "sliding_attention" in config.mixers and config.sliding_window >= prompt_length + new_tokens  # type: ignore[operator]
-        # beyond, the step's kernel gives way to its plain form, which is slower than the other loop
-        loops = [FAST] if not full_attention else [FAST, LOOP] if config.sliding_window <= MAX_TRITON_WINDOW else [LOOP]
-    speeds = {}
-    for loop in loops:
-        model = random_model(config, device, dtype)
-        model.fast_generation = loop == FAST
-        speeds[loop] = generation_speed(model, batch_size, prompt_length, new_tokens)
-        if loop == FAST and model not in fast_generation._steps:
-            raise RuntimeError("generate did not run as CUDA graphs, and the reason is in transformers' log at level INFO")
-        release_generation_buffers(model)
-    return speeds
+    if isinstance(config, LlamaConfig):
+        return [LLAMA_DYNAMIC, LLAMA_STATIC] if compiled else [LLAMA_DYNAMIC]
+    if device.type != "cuda":
+        return [LOOP]
+    if not _has_full_attention(config, length):
+        return [GRAPHS]
+    return [GRAPHS, GRAPHS_SDPA] if length <= KERNEL_WINDOW else [GRAPHS_SDPA]
 
 
-def llama_speeds(
-    config: LlamaConfig,
+def _has_full_attention(config: BasedConfig, length: int) -> bool:
+    return "sliding_attention" in (config.mixers or ()) and config.sliding_window >= length
+
+
+def timed_generation(
+    config: BasedConfig | LlamaConfig,
+    way: str,
     batch_size: int,
     prompt_length: int,
     new_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+) -> GenerationSpeed:
+    """The speed of a model with random weights in one of `ways_to_generate`.
+
+    With `GRAPHS_SDPA` the ring holds as many keys as the prompt, so that all slots are always filled and PyTorch needs no mask:
+    full attention reads those and up to `new_tokens` more, and is flattered by that much.
+
+    Raises:
+        RuntimeError: out of memory, or `generate` did not run as CUDA graphs where it should.
+    """
+    if way == GRAPHS_SDPA:
+        config = copy.deepcopy(config)
+        config.sliding_window = prompt_length
+    model: Any = random_model(config, device, dtype)
+    sizes = (batch_size, prompt_length, new_tokens)
+    if isinstance(config, LlamaConfig):
+        return generation_speed(model, *sizes, static_cache=way == LLAMA_STATIC)
+    model.fast_generation = way != LOOP
+    with _attention_over_full_rings() if way == GRAPHS_SDPA else contextlib.nullcontext():
+        speed = generation_speed(model, *sizes)
+    if way != LOOP and model not in fast_generation._steps:
+        raise RuntimeError("generate did not run as CUDA graphs; transformers' log at level INFO has the reason")
+    fast_generation.release_generation_buffers(model)
+    return speed
+
+
+@contextlib.contextmanager
+def _attention_over_full_rings() -> Iterator[None]:
+    """Within this context steps that are captured attend with PyTorch's attention, to all slots of their rings."""
+    kernel = decode_graph.sliding_window_attention_step
+    decode_graph.sliding_window_attention_step = full_ring_attention_step  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        decode_graph.sliding_window_attention_step = kernel
+
+
+def full_ring_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ring_k: torch.Tensor,
+    ring_v: torch.Tensor,
+    position: torch.Tensor,
     *,
-    compiled: bool,
-) -> dict[str, GenerationSpeed]:
-    """Speeds of transformers' Llama by its cache; `compiled` adds the static cache, which transformers compiles on a GPU."""
-    model = random_model(config, device, dtype)
-    speeds = {LLAMA_DYNAMIC: generation_speed(model, batch_size, prompt_length, new_tokens)}
-    if compiled:
-        speeds[LLAMA_STATIC] = generation_speed(model, batch_size, prompt_length, new_tokens, static_cache=True)
-    return speeds
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    first_valid: torch.Tensor | None = None,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """What `sliding_window_attention_step` computes once no slot of the rings is empty, for sequences without padding."""
+    q, k = (x.squeeze(1) for x in rotary_embedding(q.unsqueeze(1), k.unsqueeze(1), cos.unsqueeze(1), sin.unsqueeze(1)))
+    slot = position.long() % ring_k.shape[2]
+    ring_k.index_copy_(2, slot, k.unsqueeze(2))
+    ring_v.index_copy_(2, slot, v.unsqueeze(2))
+    return F.scaled_dot_product_attention(q.unsqueeze(2), ring_k, ring_v, scale=softmax_scale).squeeze(2)
 
 
 __all__ = [
-    "FAST",
+    "GRAPHS",
+    "GRAPHS_SDPA",
     "LLAMA_DYNAMIC",
     "LLAMA_STATIC",
     "LOOP",
     "GenerationSpeed",
-    "based_speeds",
     "equal_llama",
+    "full_ring_attention_step",
     "generation_speed",
-    "llama_speeds",
     "random_model",
+    "timed_generation",
+    "ways_to_generate",
 ]

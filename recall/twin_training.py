@@ -125,7 +125,8 @@ class _FlatWeights:
 def _decayed(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters with weight decay (matrices that belong to no embedding) and without."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
     return decayed, plain
@@ -260,7 +261,7 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_copy_([g for weights in self.weights for g in weights.gradients], list(gradients))
             flat = [weights.master.grad for weights in self.weights]
-            norm = torch.stack([torch.linalg.vector_norm(g) for g in flat]).norm()  # type: ignore[arg-type]
+            norm = torch.stack([torch.linalg.vector_norm(g) for g in flat]).norm()
             scale = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradient in flat:
                 gradient.mul_(scale)  # type: ignore[union-attr]

@@ -31,7 +31,7 @@ from geobased.recall.repeated_bigrams import evaluate_split_perplexity, frequent
 from geobased.recall.state_size import state_bytes
 from geobased.recall.twin_data import PhaseSettings, document_rows, text_tokens
 from geobased.recall.twin_plots import plot_throughput_against_recall, plot_twins
-from geobased.recall.twin_throughput import GenerationSpeed, based_speeds, equal_llama, llama_speeds
+from geobased.recall.twin_throughput import LLAMA_STATIC, equal_llama, timed_generation, ways_to_generate
 from geobased.recall.twin_training import OptimizerSettings, Rows, Trainer, TrainingRun, row_order, validation_losses
 from geobased.training.artifacts import save_model_folder, versions, write_json
 from geobased.training.text_files import read_text
@@ -167,7 +167,8 @@ def twin_config(
 def num_parameters(config: BasedConfig) -> int:
     """Parameters of a model, which is not built."""
     with torch.device("meta"):
-        return BasedForCausalLM(config).num_parameters()
+        model = BasedForCausalLM(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class _Experiment:
 
     def train(self, name: str, seed: int, learning_rate: float) -> tuple[BasedForCausalLM, TrainingRun]:
         torch.manual_seed(seed)
-        model = BasedForCausalLM(twin_config(name, self.settings, self.tokenizer)).to(self.device)
+        model: Any = BasedForCausalLM(twin_config(name, self.settings, self.tokenizer))
+        model = model.to(self.device)
         trainer = Trainer(
             model,
             list(zip(self.rows, self.orders(seed), strict=True)),
@@ -323,11 +325,11 @@ def run_twins(
         del model
         _free(device)
     if throughput:
-        for key in _missing_speeds(results, settings, models):
-            if late or is_late(COMPILE_SECONDS if key[0] == PEER and settings.compiled_llama else 0.0):
+        for name, length, way in _missing_speeds(results, settings, tokenizer, models, device):
+            if late or is_late(COMPILE_SECONDS if way == LLAMA_STATIC else 0.0):
                 late = True
                 break
-            results["throughput"] += _measure(*key, settings, tokenizer, device, results["absent"], report)
+            _measure(results, name, length, way, settings, tokenizer, device, report)
             save()
             _free(device)
     results["complete"] = not late
@@ -355,7 +357,7 @@ def _open_results(
         "seconds": 0.0,
         "complete": False,
         "settings": described,
-        "absent": {},
+        "absent": [],
         "runs": [],
         "throughput": [],
         "rows": [],
@@ -452,55 +454,61 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _missing_speeds(results: dict[str, Any], settings: TwinSettings, models: Sequence[str]) -> list[tuple[str, int]]:
-    done = {(entry["model"], entry["length"]) for entry in results["throughput"]}
+def _timed_config(name: str, length: int, settings: TwinSettings, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Of a twin whose full attention sees `length` tokens, or of the Llama of equal size."""
+    if name != PEER:
+        return twin_config(name, settings, tokenizer, context_length=length)
+    based = twin_config("based", settings, tokenizer)
+    return equal_llama(num_parameters(based), based, length)
+
+
+def _missing_speeds(
+    results: dict[str, Any],
+    settings: TwinSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    models: Sequence[str],
+    device: torch.device,
+) -> list[tuple[str, int, str]]:
+    """Model, length and way of generating of all timings that are missing and did not fail before."""
+    done = {(entry["model"], entry["length"], entry["way"]) for entry in results["throughput"] + results["absent"]}
     # transformers' Llama is compiled anew for each length: the ends tell enough
     ends = dict.fromkeys((settings.throughput_lengths[0], settings.throughput_lengths[-1]))
-    keys = [(name, length) for length in settings.throughput_lengths for name in models] + [(PEER, length) for length in ends]
-    return [key for key in keys if key not in done and f"{key[0]} at {key[1]}" not in results["absent"]]
+    cases = [(name, length) for length in settings.throughput_lengths for name in models] + [(PEER, length) for length in ends]
+    keys = [
+        (name, length, way)
+        for name, length in cases
+        for way in ways_to_generate(
+            _timed_config(name, length, settings, tokenizer), length, device, compiled=settings.compiled_llama
+        )
+    ]
+    return [key for key in keys if key not in done]
 
 
 def _measure(
+    results: dict[str, Any],
     name: str,
     length: int,
+    way: str,
     settings: TwinSettings,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    absent: dict[str, str],
     report: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Entries of results["throughput"]; a model that fails has its reason in `absent`."""
-    based = twin_config("based", settings, tokenizer)
+) -> None:
+    """Adds to results["throughput"] or, with the reason, to results["absent"]."""
+    config = _timed_config(name, length, settings, tokenizer)
+    case = {"model": name, "length": length, "way": way}
+    batch_size, new_tokens = settings.throughput_batch_size, settings.new_tokens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = (settings.throughput_batch_size, length - settings.new_tokens, settings.new_tokens, device, dtype)
-    speeds: dict[str, GenerationSpeed] = {}
     try:
-        if name == PEER:
-            config: Any = equal_llama(num_parameters(based), based, length)
-            speeds = llama_speeds(config, *sizes, compiled=settings.compiled_llama)
-        else:
-            # a window of the sequence's length is full attention, and its ring holds no slot too many
-            config = twin_config(name, settings, tokenizer, context_length=length)
-            speeds = based_speeds(config, *sizes)
-    except (RuntimeError, ValueError, ImportError) as error:  # out of memory, say, or no compiler
-        absent[f"{name} at {length}"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        report(f"{name} at {length} tokens was not timed: {absent[f'{name} at {length}']}")
-        return []
-    for loop, speed in speeds.items():
-        report(f"{name} at {length} tokens, {loop}: {speed.tokens_per_second:,.0f} tokens/s")
-    return [
-        {
-            "model": name,
-            "length": length,
-            "loop": loop,
-            "batch_size": settings.throughput_batch_size,
-            "prompt_length": length - settings.new_tokens,
-            "new_tokens": settings.new_tokens,
-            "state_bytes": state_bytes(config, length, bytes_per_number=2),
-            **asdict(speed),
-        }
-        for loop, speed in speeds.items()
-    ]
+        speed = timed_generation(config, way, batch_size, length - new_tokens, new_tokens, device, dtype)
+    except Exception as error:  # whatever a compiler or a driver raises: the other timings are worth having
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        results["absent"].append(case | {"reason": reason})
+        report(f"{name} at {length:,} tokens, {way}: not timed, {reason}")
+        return
+    report(f"{name} at {length:,} tokens, {way}: {speed.tokens_per_second:,.0f} tokens/s")
+    sizes = {"batch_size": batch_size, "prompt_length": length - new_tokens, "new_tokens": new_tokens}
+    results["throughput"].append(case | sizes | {"state_bytes": state_bytes(config, length, bytes_per_number=2)} | asdict(speed))
 
 
 def result_rows(results: dict[str, Any], settings: TwinSettings, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -534,7 +542,7 @@ def result_rows(results: dict[str, Any], settings: TwinSettings, tokenizer: PreT
                     "perplexity": run["perplexity"],
                     "state_bytes": state_bytes(config, length, bytes_per_number=2),
                     "tokens_per_second": speed and speed["tokens_per_second"],
-                    "generation_loop": speed and speed["loop"],
+                    "way_to_generate": speed and speed["way"],
                     "training_peak_memory_bytes": run["peak_memory_bytes"],
                     "generation_peak_memory_bytes": speed and speed["peak_memory_bytes"],
                 }

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoTokenizer
 
 import geobased
+from geobased.kernels.sliding_window_attention_step import sliding_window_attention_step
 from geobased.modeling_based.configuration_based import BasedConfig
 from geobased.modeling_based.modeling_based import BasedForCausalLM
-from geobased.recall.twin_throughput import equal_llama
+from geobased.recall.twin_throughput import GRAPHS, GRAPHS_SDPA, equal_llama, full_ring_attention_step, ways_to_generate
 from geobased.recall.twin_training import (
     OptimizerSettings,
     Rows,
@@ -190,6 +191,30 @@ def test_attention_twins_see_the_whole_context(tokenizer):
         twin_config("mamba", settings, tokenizer)
 
 
+def test_full_attention_is_timed_in_graphs_of_its_own(tokenizer):
+    cuda = torch.device("cuda")
+    for name, length, ways in (
+        ("based", 8192, [GRAPHS]),
+        ("attention", 1024, [GRAPHS, GRAPHS_SDPA]),
+        ("attention", 8192, [GRAPHS_SDPA]),
+    ):
+        config = twin_config(name, TwinSettings(), tokenizer, context_length=length)
+        assert ways_to_generate(config, length, cuda, compiled=True) == ways
+
+
+def test_attention_over_a_full_ring_is_the_step_of_a_window():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 16)
+    rings = [torch.randn(2, 4, 8, 16) for _ in range(2)]
+    angles = torch.randn(1, 8).repeat(1, 2)
+    options = {"cos": angles.cos(), "sin": angles.sin(), "softmax_scale": 0.25}
+    position = torch.tensor([19], dtype=torch.int32)
+    expected_rings, measured_rings = [ring.clone() for ring in rings], [ring.clone() for ring in rings]
+    expected = sliding_window_attention_step(q, k, v, *expected_rings, position, **options)
+    torch.testing.assert_close(full_ring_attention_step(q, k, v, *measured_rings, position, **options), expected)
+    torch.testing.assert_close(measured_rings, expected_rings)
+
+
 def test_of_several_learning_rates_the_best_on_validation_serves_the_other_seeds():
     settings = replace(SETTINGS, learning_rates=(1e-3, 3e-3), num_seeds=2)
 
@@ -233,7 +258,7 @@ def test_the_experiment_resumes_and_its_results_can_be_drawn(tokenizer, tmp_path
         (name, length) for name in ("based", "sliding_window") for length in SETTINGS.lengths
     ]
     speed = fastest(results, "based", 128)
-    assert speed["batch_size"] == 2 and speed["tokens_per_second"] > 0 and speed["loop"] == "transformers' loop"
+    assert speed["batch_size"] == 2 and speed["tokens_per_second"] > 0 and speed["way"] == "transformers' loop"
     row = results["rows"][0]
     assert row["tokens_per_second"] == speed["tokens_per_second"] and 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
     assert row["state_bytes"] > results["rows"][2]["state_bytes"] > 0
@@ -252,3 +277,22 @@ def test_the_experiment_resumes_and_its_results_can_be_drawn(tokenizer, tmp_path
 def test_results_must_be_there_to_be_drawn(tmp_path):
     with pytest.raises(FileNotFoundError, match="results.json does not exist: train the twins first"):
         load_results(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["based", "attention"])
+def test_captured_steps_train_as_eager_ones(tokenizer, name):
+    torch.manual_seed(0)
+    tokens = torch.randint(2, 4096, (16, 256), dtype=torch.int32, device="cuda")
+    rows = Rows(tokens, torch.rand(16, 256, device="cuda") < 0.2, 16)
+    longer = Rows(tokens.view(8, 512), rows.answers.view(8, 512), 8)
+    losses = []
+    for captured in (False, True):
+        torch.manual_seed(1)
+        model = BasedForCausalLM(twin_config(name, PRESETS["smoke"], tokenizer)).cuda()
+        phases = [(rows, row_order(rows, 12, 8, 0.0, seed=0)), (longer, row_order(longer, 8, 4, 0.0, seed=1))]
+        run = Trainer(model, phases, OptimizerSettings(2e-3), pad_token_id=PAD, dtype=torch.bfloat16, captured=captured).run()
+        assert run.captured is captured
+        losses.append(run.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[1][-1] < losses[1][0]

@@ -56,7 +56,11 @@ def twins(
 
     if preset not in PRESETS:
         raise CommandError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}")
-    changed = {"tokens": tokens, "num_seeds": seeds, "learning_rates": tuple(learning_rates) if learning_rates else None}
+    changed: dict[str, Any] = {
+        "tokens": tokens,
+        "num_seeds": seeds,
+        "learning_rates": tuple(learning_rates) if learning_rates else None,
+    }
     results = run_twins(
         replace(PRESETS[preset], **{name: value for name, value in changed.items() if value is not None}),
         output_dir,
