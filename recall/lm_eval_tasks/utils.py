@@ -28,7 +28,7 @@ def gazetteer(
     """
     name = tokenizer or pretrained
     if not isinstance(name, str):
-        raise ValueError("contexts are measured in a model's tokens: name it in --model_args, or in --metadata as \"tokenizer\"")
+        raise ValueError('contexts are measured in a model\'s tokens: name it in --model_args, or in --metadata as "tokenizer"')
     loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     examples = benchmark_examples(load_places("held_out"), loaded, [int(length)], int(num_examples), int(seed))
     rows = [

@@ -45,9 +45,3 @@ def test_errors_name_the_value(fails, tiny_preset, tmp_path):
     assert "there is no twin 'mamba'" in fails("recall", "twins", "--output-dir", tmp_path, "--model", "mamba")
     assert "no such training file" in fails("recall", "twins", "--output-dir", tmp_path, "--text", tmp_path / "missing.txt")
     assert "train the twins first" in fails("recall", "twins", "--plot-only", "--output-dir", tmp_path)
-
-
-def test_help_has_examples_exit_codes_and_json(geobased):
-    text = geobased("recall", "twins", "--help").stdout
-    assert "\n  geobased recall twins --preset smoke" in text.replace("\n    ", "\n  ")
-    assert "Exit codes: 0 done; 1 failed" in text and "--json" in text

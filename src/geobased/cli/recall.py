@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import recall_benchmark
 from .errors import CommandError
 from .options import Debug, Device, Json, Model, add_command, show_help
 from .recall_twins import add_twins
@@ -87,6 +88,10 @@ def gazetteer(
 
 
 add_command(app, "gazetteer", gazetteer, EXAMPLES)
+add_command(app, "gazetteer-benchmark", recall_benchmark.gazetteer_benchmark, recall_benchmark.BENCHMARK_EXAMPLES)
+add_command(app, "repeated-bigrams", recall_benchmark.repeated_bigrams, recall_benchmark.BIGRAMS_EXAMPLES)
+add_command(app, "lm-eval", recall_benchmark.run_harness, recall_benchmark.HARNESS_EXAMPLES)
+add_command(app, "lm-eval-tasks", recall_benchmark.lm_eval_tasks, recall_benchmark.TASKS_EXAMPLES)
 add_twins(app)
 
 
