@@ -7,7 +7,7 @@ sees the same rows in the same order. What is compared, for each model and seed:
 - perplexity of held-out text, apart for tokens that repeat a bigram of the context and for the others (`repeated_bigrams`)
 - tokens per second of a batch that generates (`twin_throughput`), and the bytes of the state it keeps
 
-`results.json` is written after every run; a later call with the same settings does what is missing.
+`results.json` is written after every run; a later call with the same settings, or with more seeds, does what is missing.
 """
 
 import gc
@@ -44,6 +44,8 @@ RESULTS_FILE = "results.json"
 HELD_OUT_SEED, PERPLEXITY_CONTEXT = 103, 1024
 # about what torch.compile takes for a Llama
 COMPILE_SECONDS = 60.0
+# settings that a later call may change: what is there stays as it is
+EXTENSIBLE = ("num_seeds", "throughput_lengths", "compiled_llama")
 # losses in the results are means of so many steps
 LOGGED_STEPS = 10
 
@@ -92,7 +94,7 @@ class TwinSettings:
 
 BLOCK = ("conv", "linear_attention", "sliding_attention", "conv")
 PRESETS = {
-    # one GPU, less than a minute: does everything run?
+    # does everything run?
     "smoke": TwinSettings(
         hidden_size=128,
         intermediate_size=256,
@@ -112,7 +114,7 @@ PRESETS = {
         new_tokens=64,
         compiled_llama=False,
     ),
-    # one H200, about eight minutes
+    # a 14M model, for one large GPU
     "standard": TwinSettings(),
     # the same models with twice the tokens, and two learning rates
     "long": TwinSettings(tokens=100_000_000, learning_rates=(1e-3, 3e-3)),
@@ -344,11 +346,12 @@ def _open_results(
     described = json.loads(json.dumps(asdict(settings) | {"text": _names(text), "held_out_text": _names(held_out_text)}))
     if (folder / RESULTS_FILE).is_file():
         results = load_results(folder)
-        different = sorted(key for key in described if results["settings"].get(key) != described[key])
+        different = sorted(key for key in described if results["settings"].get(key) != described[key] and key not in EXTENSIBLE)
         if different:
             raise ValueError(f"{folder / RESULTS_FILE} has other settings ({', '.join(different)}): choose another folder")
         if results["device"] != versions()["device"]:
             raise ValueError(f"{folder / RESULTS_FILE} was measured on {results['device']}: choose another folder")
+        results["settings"] = described
         return results
     return {
         "device": versions()["device"],

@@ -11,7 +11,14 @@ import geobased
 from geobased.kernels.sliding_window_attention_step import sliding_window_attention_step
 from geobased.modeling_based.configuration_based import BasedConfig
 from geobased.modeling_based.modeling_based import BasedForCausalLM
-from geobased.recall.twin_throughput import GRAPHS, GRAPHS_SDPA, equal_llama, full_ring_attention_step, ways_to_generate
+from geobased.recall.twin_throughput import (
+    GRAPHS,
+    GRAPHS_SDPA,
+    equal_llama,
+    full_ring_attention_step,
+    timed_generation,
+    ways_to_generate,
+)
 from geobased.recall.twin_training import (
     OptimizerSettings,
     Rows,
@@ -267,8 +274,15 @@ def test_the_experiment_resumes_and_its_results_can_be_drawn(tokenizer, tmp_path
     with pytest.raises(ValueError, match=r"has other settings \(tokens\): choose another folder"):
         run_twins(replace(SETTINGS, tokens=1), tmp_path / "out", tokenizer, text=[text], held_out_text=[text])
 
+    more = run_twins(
+        replace(SETTINGS, num_seeds=2), tmp_path / "out", tokenizer, models=["based"], text=[text], held_out_text=[text],
+        throughput=False, report=lines.append,
+    )  # fmt: skip
+    assert more["runs"][:2] == results["runs"] and more["runs"][2]["seed"] == 1
+    assert more["runs"][2]["losses"] != based["losses"]
+
     for plot, name in ((plot_twins, "twins.png"), (plot_throughput_against_recall, "recall.png")):
-        plot(results, tmp_path / name)
+        plot(more, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no finished run yet"):
         plot_twins({"rows": []}, tmp_path / "none.png")
@@ -296,3 +310,12 @@ def test_captured_steps_train_as_eager_ones(tokenizer, name):
         losses.append(run.losses)
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["based", "attention"])
+def test_generation_is_timed_in_cuda_graphs(tokenizer, name):
+    cuda = torch.device("cuda")
+    config = twin_config(name, PRESETS["smoke"], tokenizer, context_length=256)
+    for way in ways_to_generate(config, 256, cuda, compiled=False):
+        assert timed_generation(config, way, 4, 192, 64, cuda, torch.bfloat16).tokens_per_second > 0

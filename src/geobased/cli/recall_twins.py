@@ -24,7 +24,7 @@ EXAMPLES = (
 
 def twins(
     output_dir: Annotated[Path, typer.Option(help="Folder for results.json, plots and data.")],
-    preset: Annotated[str, typer.Option(help="smoke (a minute), standard, or long.")] = "standard",
+    preset: Annotated[str, typer.Option(help="smoke (small, does it run?), standard, or long.")] = "standard",
     models: Annotated[list[str] | None, typer.Option("--model", help="A model to train; repeat for several.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text file to train on as well; repeat for several.")] = None,
     held_out_text: Annotated[list[Path] | None, typer.Option(help="Text file for perplexity; repeat for several.")] = None,
