@@ -15,6 +15,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,7 @@ def generate_answers(
                 width = max(len(rows[i]) for i in chosen)
                 batch = torch.tensor([[filler] * (width - len(rows[i])) + rows[i] for i in chosen])
                 mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
-                output = model.generate(
+                output = model.generate(  # type: ignore[operator]
                     batch.to(model.device),
                     attention_mask=mask.to(model.device),
                     max_new_tokens=max_new_tokens,
@@ -365,12 +366,14 @@ def evaluate_benchmark(
             "contains": [example.prompt for example in examples],
             "alone": [document.text[: document.questions[0].answer_start] for document in questions],
         }
-        decode = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "progress": progress}
+        decode = partial(
+            generate_answers, model, tokenizer, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens, progress=progress
+        )
         answers = [example.answer for example in examples]
 
         def contained(exact: list[bool], texts: list[str]) -> list[bool]:
             open_ = [i for i, hit in enumerate(exact) if not hit]
-            lines = dict(zip(open_, generate_answers(model, tokenizer, [texts[i] for i in open_], **decode), strict=True))
+            lines = dict(zip(open_, decode([texts[i] for i in open_]), strict=True))
             return [hit or contains_answer(lines[i], answers[i]) for i, hit in enumerate(exact)]
 
         verdicts["contains"] = contained(verdicts["exact"], prompts["contains"])

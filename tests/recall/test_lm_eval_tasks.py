@@ -86,17 +86,18 @@ def test_metrics(utils):
     assert utils.contains({"value": "Skåne "}, [" Scania"]) == {"contains": 0.0}
 
 
+@pytest.mark.slow
 def test_the_harness_finds_what_the_benchmark_finds(tmp_path):
     harness_tasks = pytest.importorskip("lm_eval.tasks")
     manager = harness_tasks.TaskManager(include_path=str(FOLDER))
     assert set(manager.match_tasks(["based_*"])) >= set(PAPERS) and manager.match_tasks(["geobased_gazetteer"])
-    options = ("--limit", "8", "--batch-size", "4", "--device", "cpu", "--output", str(tmp_path / "report.json"))
+    options = ("--limit", "6", "--batch-size", "4", "--device", "cpu", "--output", str(tmp_path / "report.json"))
     result = CliRunner().invoke(app, ["recall", "lm-eval", "--tasks", "geobased_gazetteer_256", *options, "--json"])
     assert result.exit_code == 0, result.output
     answers = json.loads((tmp_path / "report.json").read_text())["samples"]["geobased_gazetteer_256"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_path("based-mini"))
     model = AutoModelForCausalLM.from_pretrained(checkpoint_path("based-mini"), dtype=torch.float32)
-    examples = benchmark_examples(load_places("held_out"), tokenizer, [256], 8)
+    examples = benchmark_examples(load_places("held_out"), tokenizer, [256], 6)
     lines = generate_answers(model, tokenizer, [example.prompt for example in examples])
     for answer, line, example in zip(sorted(answers, key=lambda item: item["doc_id"]), lines, examples, strict=True):
         assert answer["resps"][0][0].partition("\n")[0] == line

@@ -96,7 +96,7 @@ def gazetteer_benchmark(
         name = Path(model).name
         panels = {f"{name}: exact": result.exact}
         plot_recall_heat_map(panels | ({f"{name}: contains": result.contains} if result.contains else {}), plot)
-    print(json.dumps(report) if json_output else _benchmark_table(model, report["benchmark"]))
+    print(json.dumps(report) if json_output else _benchmark_table(model, result.to_dict()))
 
 
 def _lengths(lengths: str) -> list[int]:
