@@ -13,7 +13,7 @@ import geobased as package
 
 COMMANDS = (
     *("generate", "locate", "evaluate", "convert", "export", "push", "doctor", "recall gazetteer", "recall mqar"),
-    *("recall gazetteer-benchmark", "recall repeated-bigrams", "recall lm-eval", "recall lm-eval-tasks"),
+    *("recall gazetteer-benchmark", "recall repeated-bigrams", "recall lm-eval", "recall lm-eval-tasks", "recall twins"),
     *("train lm", "train streetclip", "train pigeon", "train pigeon-embeddings", "demo generation", "demo geolocalization"),
 )
 START = (sys.executable, "-m", "geobased_command")

@@ -12,6 +12,7 @@ import typer
 from . import recall_benchmark, recall_mqar
 from .errors import CommandError
 from .options import Debug, Device, Json, Model, add_command, show_help
+from .recall_twins import add_twins
 from .sources import DEFAULT_MODEL, load_model, load_tokenizer, parse_device, parse_dtype, resolve_model
 
 app = typer.Typer(callback=show_help, invoke_without_command=True, help="Measure recall from what stands in the context.")
@@ -92,6 +93,7 @@ add_command(app, "gazetteer-benchmark", recall_benchmark.gazetteer_benchmark, re
 add_command(app, "repeated-bigrams", recall_benchmark.repeated_bigrams, recall_benchmark.BIGRAMS_EXAMPLES)
 add_command(app, "lm-eval", recall_benchmark.run_harness, recall_benchmark.HARNESS_EXAMPLES)
 add_command(app, "lm-eval-tasks", recall_benchmark.lm_eval_tasks, recall_benchmark.TASKS_EXAMPLES)
+add_twins(app)
 
 
 def _write_documents(path: Path, num_documents: int, split: str, sizes: dict[str, Any]) -> dict[str, Any]:
