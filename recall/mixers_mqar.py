@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .modeling_mqar import MQARConfig
 
 SHORT_CONV_KERNEL = 4  # of Mamba-2 and Gated DeltaNet, as published
-CHUNK = 64
+CHUNK = 32  # the shortest segments still have two: a compiled form for one chunk would be another
 
 
 @cache
@@ -257,7 +257,7 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights = (self.conv.weight, self.dt_bias, self.A_log, self.norm.weight)
         inputs = (self.qkv_proj(x), self.decay_proj(x), self.gate_proj(x))
-        return self.out_proj(fused(gated_deltanet_inner, x)(*inputs, *weights, self.key_dim))
+        return self.out_proj(gated_deltanet_inner(*inputs, *weights, self.key_dim))
 
 
 def gated_deltanet_inner(
@@ -272,13 +272,32 @@ def gated_deltanet_inner(
 ) -> torch.Tensor:
     """All of Gated DeltaNet between its projections -> (batch, seq_len, heads * head_dim)."""
     heads, head_dim = dt_bias.shape[0], norm_weight.shape[0]
+    q, k, v, log_decay, beta = fused(_delta_rule_inputs, qkv)(qkv, decay_and_beta, conv_weight, dt_bias, A_log, key_dim, head_dim)
+    y = gated_delta_rule(q, k, v, log_decay, beta)
+    return fused(_gated_norm, y)(y, gate, norm_weight)
+
+
+def _delta_rule_inputs(
+    qkv: torch.Tensor,
+    decay_and_beta: torch.Tensor,
+    conv_weight: torch.Tensor,
+    dt_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    key_dim: int,
+    head_dim: int,
+) -> tuple[torch.Tensor, ...]:
+    heads = dt_bias.shape[0]
     splits = [heads * key_dim, heads * key_dim, heads * head_dim]
     qkv = silu_convolution(qkv, conv_weight, None)
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in qkv.split(splits, dim=-1))
     decay, beta = decay_and_beta.float().chunk(2, dim=-1)
-    y = gated_delta_rule(q, k, v, -A_log.exp() * F.softplus(decay + dt_bias), beta.sigmoid())
-    y = F.rms_norm(y.float(), norm_weight.shape, norm_weight, 1e-5) * F.silu(gate.float().unflatten(-1, (heads, -1)))
-    return y.flatten(2).to(gate.dtype)
+    return q, k, v, -A_log.exp() * F.softplus(decay + dt_bias), beta.sigmoid()
+
+
+def _gated_norm(y: torch.Tensor, gate: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
+    """The norm of each head's output, times silu(gate); (batch, seq_len, heads, head_dim) -> (batch, seq_len, heads * head_dim)."""
+    normed = F.rms_norm(y.float(), norm_weight.shape, norm_weight, 1e-5)
+    return (normed * F.silu(gate.float().unflatten(-1, y.shape[2:]))).flatten(2).to(gate.dtype)
 
 
 def gated_delta_rule(
@@ -296,25 +315,31 @@ def gated_delta_rule(
         (batch, seq_len, heads, head_dim), computed in float32, returned like v.
     """
     with torch.autocast(v.device.type, enabled=False):
-        q, k = (_in_chunks(part) for part in (q, k))
-        q, k = (part * (part.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in (q, k))
-        q = q * q.shape[-1] ** -0.5
-        values, total, beta = _in_chunks(v), _in_chunks(log_decay).cumsum(-1), _in_chunks(beta).unsqueeze(-1)
-        decay, growth = _decay_within(total), total.exp().unsqueeze(-1)
+        within, read, kept, end, overlap, wanted = fused(_delta_rule_chunks, v)(q, k, v, log_decay, beta)
         # what a token writes, given what the tokens before it in its chunk wrote: a triangular system
-        overlap = ((k * beta) @ k.transpose(-1, -2) * decay).tril(-1)
-        wanted = torch.cat([values * beta, k * beta * growth], dim=-1)
         solved = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
-        new, old = solved.split([values.shape[-1], k.shape[-1]], dim=-1)
-        within = q @ k.transpose(-1, -2) * decay
-        read, end = q * growth, total[..., -1:]
-        kept = k * (end - total).exp().unsqueeze(-1)
+        new, old = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
         state, outputs = new.new_zeros(*new.shape[:2], k.shape[-1], new.shape[-1]), []
         for chunk in range(new.shape[2]):
             written = new[:, :, chunk] - old[:, :, chunk] @ state
             outputs.append(read[:, :, chunk] @ state + within[:, :, chunk] @ written)
-            state = state * end[:, :, chunk].exp().unsqueeze(-1) + kept[:, :, chunk].transpose(-1, -2) @ written
+            state = state * end[:, :, chunk] + kept[:, :, chunk].transpose(-1, -2) @ written
         return _from_chunks(torch.stack(outputs, dim=2), v)
+
+
+def _delta_rule_chunks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What the chunks of the delta rule are made of, before they see each other; (batch, heads, chunks, CHUNK, ...)."""
+    q, k = (_in_chunks(part) for part in (q, k))
+    q, k = (part * (part.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in (q, k))
+    q = q * q.shape[-1] ** -0.5
+    values, total, beta = _in_chunks(v), _in_chunks(log_decay).cumsum(-1), _in_chunks(beta).unsqueeze(-1)
+    decay, growth, end = _decay_within(total), total.exp().unsqueeze(-1), total[..., -1:]
+    overlap = ((k * beta) @ k.transpose(-1, -2) * decay).tril(-1)
+    wanted = torch.cat([values * beta, k * beta * growth], dim=-1)
+    within = q @ k.transpose(-1, -2) * decay
+    return within, q * growth, k * (end - total).exp().unsqueeze(-1), end.exp().unsqueeze(-1), overlap, wanted
 
 
 def _inverse_softplus_of_time_steps(like: torch.Tensor) -> torch.Tensor:

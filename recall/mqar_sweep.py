@@ -89,7 +89,8 @@ def prepare_folder(preset: Preset, output_dir: Path) -> None:
     Raises:
         ValueError: the folder holds runs of other settings.
     """
-    (output_dir / "runs").mkdir(parents=True, exist_ok=True)
+    for name in ("runs", "unfinished"):
+        (output_dir / name).mkdir(parents=True, exist_ok=True)
     path, settings = output_dir / "settings.json", {"preset": preset.name, "settings": _settings(preset)}
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -161,7 +162,9 @@ def train_configuration(
             config = configuration.model_config(preset.vocab_size)
             common = {"epochs": preset.epochs, "batch_size": preset.batch_size, "precision": preset.precision}
             runs = [(config, TrainingSettings(rate, seed=seed, **common)) for rate in missing]
-            for trained in train_cohort(runs, train_set, validation, device=_device, deadline=deadline):
+            unfinished = [output_dir / "unfinished" / f"{run_name(configuration, rate, seed)}.pt" for rate in missing]
+            cohort = train_cohort(runs, train_set, validation, device=_device, deadline=deadline, checkpoints=unfinished)
+            for trained in cohort:
                 if trained is not None:
                     name = run_name(configuration, trained.settings.learning_rate, seed)
                     _write_json(output_dir / "runs" / f"{name}.json", _row(preset, configuration, trained, test))
@@ -221,7 +224,7 @@ def run_sweep(
         seeds: how many seeds; the preset's by default.
         device: "cuda" uses all visible GPUs, "cuda:0" one, "cpu" none; a GPU if there is one by default.
         workers: processes; four per GPU or one per two CPU cores by default.
-        max_seconds: nothing new is begun afterwards, and what is not finished is left for the next call.
+        max_seconds: no epoch is begun afterwards; the next call goes on from there.
 
     Returns:
         what `results.json` holds: preset, device, versions, settings, absent families, and a row for each run.

@@ -8,10 +8,13 @@ step runs without a graph. As in zoology, the segments of the curriculum are ser
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from geobased.whole_file import whole_file
 
 from .modeling_mqar import MQARConfig, MQARForCausalLM
 from .mqar import Examples
@@ -180,6 +183,44 @@ class _Run:
             with torch.cuda.stream(self.stream):
                 self.graphs[segment].replay()
 
+    def save(self, path: Path) -> None:
+        """Everything that the rest of the training depends on."""
+        state = {
+            "settings": asdict(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "step": self.step,
+            "generator": self.model.dropout_generator.get_state(),
+            "validation_accuracy": self.trained.validation_accuracy,
+            "training_loss": self.trained.training_loss,
+            "seconds": self.trained.seconds,
+        }
+        with whole_file(path) as file:
+            torch.save(state, file)
+
+    def load(self, path: Path) -> None:
+        """Goes on from a file of `save`, unless it is of other settings.
+
+        Raises:
+            ValueError: it is of other settings.
+        """
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["settings"] != asdict(self.settings):
+            raise ValueError(f"{path} is of other settings: remove it")
+        self.model.load_state_dict(state["model"])
+        for index, parameter in enumerate(self.model.parameters()):
+            current = self.optimizer.state[parameter]
+            for name, value in state["optimizer"].get(index, {}).items():
+                # graphs know the tensors that there are
+                if name in current:
+                    current[name].copy_(value)
+                else:
+                    current[name] = value
+        self.step.copy_(state["step"])
+        self.model.dropout_generator.set_state(state["generator"].cpu())
+        for name in ("validation_accuracy", "training_loss", "seconds"):
+            setattr(self.trained, name, state[name])
+
     def end_epoch(self, validation: Sequence[Examples]) -> bool:
         """Evaluates; whether the training is over."""
         trained = self.trained
@@ -198,6 +239,7 @@ def train_cohort(
     *,
     device: torch.device,
     deadline: float | None = None,
+    checkpoints: Sequence[Path] | None = None,
 ) -> list[TrainedModel | None]:
     """Trains several models on the same examples, side by side.
 
@@ -205,7 +247,8 @@ def train_cohort(
         runs: configuration and settings of each; their batch sizes must agree.
         train: segments of the curriculum, read in this order in every epoch; examples beyond the last full batch are left out.
         validation: segments whose mean accuracy ends a training early.
-        deadline: time (of `time.monotonic`) after which nothing new is begun; models that are not done by then are `None`.
+        deadline: time (of `time.monotonic`) after which no epoch is begun; models that are not done by then are `None`.
+        checkpoints: one file a run, which is read if it exists, written at the deadline, and removed at the end of the training.
 
     Raises:
         ValueError: no runs, different batch sizes, or a batch larger than a segment.
@@ -216,6 +259,11 @@ def train_cohort(
     train = [_on_device(examples, device) for examples in train]
     validation = [_on_device(examples, device) for examples in validation]
     cohort = [_Run(config, settings, train, device) for config, settings in runs]
+    paths = dict(zip(map(id, cohort), checkpoints, strict=True)) if checkpoints is not None else {}
+    for run in cohort:
+        if id(run) in paths and paths[id(run)].exists():
+            run.load(paths[id(run)])
+    earlier = {id(run): run.trained.seconds for run in cohort}
     active, finished = list(cohort), set()
     while active and (deadline is None or time.monotonic() < deadline):
         for segment, steps in enumerate(active[0].steps_per_segment):
@@ -228,10 +276,16 @@ def train_cohort(
             torch.cuda.synchronize(device)
         ended = [run for run in active if run.end_epoch(validation)]
         for run in ended:
-            run.trained.seconds = time.monotonic() - started
+            run.trained.seconds = earlier[id(run)] + time.monotonic() - started
             run.graphs.clear()  # their memory serves the others' evaluation
+            if id(run) in paths:
+                paths[id(run)].unlink(missing_ok=True)
         finished.update(map(id, ended))
         active = [run for run in active if id(run) not in finished]
+    for run in active:
+        if id(run) in paths:
+            run.trained.seconds = earlier[id(run)] + time.monotonic() - started
+            run.save(paths[id(run)])
     for run in cohort:
         nn.Module.zero_grad(run.model, set_to_none=True)
     return [run.trained if id(run) in finished else None for run in cohort]

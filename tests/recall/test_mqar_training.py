@@ -61,6 +61,29 @@ def test_nothing_is_returned_of_what_a_deadline_cut_off(examples):
     assert train_cohort([(ATTENTION, settings())], *examples, device=CPU, deadline=time.monotonic()) == [None]
 
 
+def test_a_training_that_a_deadline_cut_off_goes_on_to_the_same_end(examples, tmp_path, monkeypatch):
+    short, paths = settings(epochs=3), [tmp_path / "a.pt", tmp_path / "b.pt"]
+    runs = [(ATTENTION, short), (ATTENTION, replace(short, learning_rate=1e-3))]
+    whole = train_cohort(runs, *examples, device=CPU)
+    clock = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr("geobased.recall.mqar_training.time.monotonic", lambda: next(clock))
+        assert train_cohort(runs, *examples, device=CPU, deadline=3, checkpoints=paths) == [None, None]
+    assert all(path.exists() for path in paths)
+    resumed = train_cohort(runs, *examples, device=CPU, checkpoints=paths)
+    assert [run.training_loss for run in resumed] == [run.training_loss for run in whole]
+    assert [run.validation_accuracy for run in resumed] == [run.validation_accuracy for run in whole]
+    assert not any(path.exists() for path in paths)
+
+
+def test_an_unfinished_training_of_other_settings_is_refused(examples, tmp_path):
+    path = tmp_path / "a.pt"
+    run = [(ATTENTION, settings())]
+    train_cohort(run, *examples, device=CPU, deadline=time.monotonic(), checkpoints=[path])
+    with pytest.raises(ValueError, match="other settings"):
+        train_cohort([(ATTENTION, settings(seed=1))], *examples, device=CPU, checkpoints=[path])
+
+
 def test_cohorts_and_settings_that_cannot_be_are_named(examples):
     with pytest.raises(ValueError, match="one batch size"):
         train_cohort([(ATTENTION, settings()), (ATTENTION, settings(batch_size=32))], *examples, device=CPU)
