@@ -7,21 +7,23 @@ same seed and index always give the same document.
 By default all values are real; nobody knows the population or the coordinates of a small town without reading its record, so
 answering measures recall of the context. A model in training meets each town many times, though, and would soon know the
 answers by heart: `counterfactual` documents give every town the values of other towns, drawn anew each time, so that reading
-the record is the only way to an answer.
+the record is the only way to an answer. It would know the towns' names by heart as well, and may learn to look up those alone:
+documents with `counterfactual_names` call towns by new names, recombined from parts of real ones, that hardly ever come again.
 """
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from geobased.recall.places import Place, load_places
+from geobased.recall.places import PLACES_FILE, Place, load_places
+from geobased.recall.recombined_names import with_recombined_names
 from geobased.whole_file import whole_file
 
 LAYOUTS = ("prose", "statements", "card", "bullets", "table")
@@ -225,12 +227,16 @@ def _document(
     min_records: int,
     max_records: int,
     counterfactual: float,
+    counterfactual_names: float,
+    real_names: Collection[str],
 ) -> GazetteerDocument:
     # log-uniform: short documents teach the skill, long ones stretch it
     count = round(min_records * (max_records / min_records) ** rng.random())
     chosen = rng.sample(places, min(count, len(places)))
     if counterfactual and rng.random() < counterfactual:
         chosen = [_with_values_of_others(place, places, rng) for place in chosen]
+    if counterfactual_names and rng.random() < counterfactual_names:
+        chosen = with_recombined_names(chosen, places, real_names, rng)
     layout = rng.choices(LAYOUTS, LAYOUT_WEIGHTS)[0]
     interleaved = rng.random() < 0.5
     question_share = rng.uniform(0.4, 0.65)
@@ -261,6 +267,11 @@ def _document(
     return GazetteerDocument(builder.text, tuple(builder.questions), tuple(written), layout)
 
 
+@lru_cache(maxsize=4)
+def _names(table: str | Path) -> frozenset[str]:
+    return frozenset(place.name for place in load_places("all", table))
+
+
 def generate_documents(
     places: Sequence[Place],
     num_documents: int,
@@ -270,6 +281,8 @@ def generate_documents(
     min_records: int = 2,
     max_records: int = 24,
     counterfactual: float = 0.0,
+    counterfactual_names: float = 0.0,
+    table: str | Path = PLACES_FILE,
     start: int = 0,
 ) -> Iterator[GazetteerDocument]:
     """Documents `start` to `start + num_documents - 1` of the endless sequence that a seed stands for.
@@ -282,6 +295,9 @@ def generate_documents(
             always there and never cut.
         min_records, max_records: number of records, drawn log-uniformly; fewer where the words do not suffice.
         counterfactual: share of documents whose towns carry the values of other towns.
+        counterfactual_names: share of documents whose towns carry new names, each for one document, made of parts of the
+            names of `places`; questions have the ids of the towns themselves.
+        table: of all places, held-out ones among them; no new name is one of theirs.
         start: index of the first document.
 
     Raises:
@@ -297,12 +313,23 @@ def generate_documents(
         raise ValueError(f"need 1 <= min_records <= max_records, got {min_records} and {max_records}")
     if len(places) < min_records:
         raise ValueError(f"{len(places)} places are fewer than min_records={min_records}")
-    if not 0 <= counterfactual <= 1:
-        raise ValueError(f"counterfactual={counterfactual} is a share of the documents: choose 0 to 1")
+    for name, share in (("counterfactual", counterfactual), ("counterfactual_names", counterfactual_names)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} is a share of the documents: choose 0 to 1")
     if max_words < 40:
         raise ValueError(f"max_words={max_words} does not hold a record and a question; use at least 40")
+    real_names = _names(table) if counterfactual_names else frozenset()
     for index in range(start, start + num_documents):
-        yield _document(places, random.Random(f"{seed}/{index}"), max_words, min_records, max_records, counterfactual)
+        yield _document(
+            places,
+            random.Random(f"{seed}/{index}"),
+            max_words,
+            min_records,
+            max_records,
+            counterfactual,
+            counterfactual_names,
+            real_names,
+        )
 
 
 def document_json(document: GazetteerDocument) -> str:
@@ -323,12 +350,14 @@ class WriteDocumentsArguments:
     min_records: int = field(default=2, metadata={"help": "fewest records in a document"})
     max_records: int = field(default=24, metadata={"help": "most records in a document"})
     counterfactual: float = field(default=0.0, metadata={"help": "share of documents whose towns have other towns' values"})
+    counterfactual_names: float = field(default=0.0, metadata={"help": "share of documents whose towns have recombined names"})
     num_workers: int = field(default=1, metadata={"help": "processes"})
     places: str | None = field(default=None, metadata={"help": "another table of places than the shipped one"})
 
 
 def _lines(arguments: WriteDocumentsArguments, chunk: tuple[int, int]) -> str:
-    places = load_places(arguments.split, *([arguments.places] if arguments.places else []))
+    table = arguments.places or PLACES_FILE
+    places = load_places(arguments.split, table)
     documents = generate_documents(
         places,
         chunk[1],
@@ -337,6 +366,8 @@ def _lines(arguments: WriteDocumentsArguments, chunk: tuple[int, int]) -> str:
         min_records=arguments.min_records,
         max_records=arguments.max_records,
         counterfactual=arguments.counterfactual,
+        counterfactual_names=arguments.counterfactual_names,
+        table=table,
         start=chunk[0],
     )
     return "".join(document_json(document) + "\n" for document in documents)

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import re
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -8,6 +10,7 @@ from geobased.recall.gazetteer_documents import (
     FIELD_WEIGHTS,
     LAYOUTS,
     WriteDocumentsArguments,
+    document_json,
     format_value,
     generate_documents,
     write_documents,
@@ -119,3 +122,49 @@ def test_counterfactual_documents_change_values_but_answers_still_stand_in_the_r
     )
     with pytest.raises(ValueError, match="counterfactual=1.5"):
         next(generate_documents(places, 1, seed=0, counterfactual=1.5))
+
+
+def test_documents_of_a_seed_never_change() -> None:
+    digest = hashlib.sha256()
+    for options in ({}, {"counterfactual": 0.9}, {"max_words": 3200, "max_records": 250, "counterfactual": 0.9}):
+        for document in generate_documents(load_places("train"), 20, 101, **options):
+            digest.update(document_json(document).encode())
+    assert digest.hexdigest() == "ddd3cea0fd008422d4361d70dc07a7089e546cc8f23e54354d048f17bff133d7"
+
+
+def test_counterfactual_names_are_new_ones_and_hardly_one_comes_twice() -> None:
+    places, real = load_places("train"), {place.name for place in load_places()}
+    names = []
+    for document in generate_documents(places, 300, seed=5, counterfactual_names=1.0):
+        for question in document.questions:
+            assert question.answer in document.text[question.record_start : question.record_end]
+            assert question.answer == format_value(PLACES[question.geonames_id], question.field), "the values are the town's own"
+        if document.layout in ("card", "bullets"):
+            names.append(re.findall(r"^(?:Name: |- )(.+?)(?:$|: )", document.text, re.MULTILINE))
+            assert len(names[-1]) == len(document.geonames_ids)
+    assert all(len(of_one) == len(set(of_one)) for of_one in names), "unique in a document"
+    every = [name for of_one in names for name in of_one]
+    assert len(every) > 500 and len(set(every)) > 0.98 * len(every)
+    assert not real & set(every)
+    assert all(name[0].isupper() and not re.search(r"\s\s|^\s|\s$", name) for name in every)
+
+
+def test_a_share_of_the_documents_has_counterfactual_names_always_the_same(tmp_path) -> None:
+    places = load_places("train")
+    documents = list(generate_documents(places, 100, seed=5, counterfactual_names=0.5))
+    assert documents[40:] == list(generate_documents(places, 60, seed=5, counterfactual_names=0.5, start=40))
+    asks_for_real_names = [PLACES[d.questions[0].geonames_id].name in d.questions[0].question for d in documents]
+    assert 0.3 < sum(asks_for_real_names) / len(documents) < 0.7
+    arguments = WriteDocumentsArguments(str(tmp_path / "documents.jsonl"), num_documents=5, seed=5, counterfactual_names=0.5)
+    write_documents(arguments)
+    lines = (tmp_path / "documents.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines == [document_json(document) for document in documents[:5]]
+
+
+def test_counterfactual_names_need_names_to_be_made_of() -> None:
+    place = load_places("train")[0]
+    same = [replace(place, geonames_id=number, name="Oba") for number in range(3)]
+    with pytest.raises(ValueError, match="the names of 3 places are too few to make new ones of"):
+        next(generate_documents(same, 1, 0, counterfactual_names=1.0))
+    with pytest.raises(ValueError, match="counterfactual_names=-1 is a share"):
+        next(generate_documents(same, 1, 0, counterfactual_names=-1))

@@ -19,7 +19,8 @@ app = typer.Typer(callback=show_help, invoke_without_command=True, help="Measure
 EXAMPLES = (
     "geobased recall gazetteer",
     "geobased recall gazetteer --model ./my-model --num-documents 500 --json --plot recall.png",
-    "geobased recall gazetteer --write-documents train.jsonl --num-documents 50000 --seed 7 --counterfactual 0.9",
+    "geobased recall gazetteer --write-documents train.jsonl --num-documents 50000 --seed 7 --counterfactual 0.9"
+    " --counterfactual-names 0.9",
 )
 NUM_EVALUATED, NUM_WRITTEN = 200, 10_000
 
@@ -47,6 +48,9 @@ def gazetteer(
     counterfactual: Annotated[
         float, typer.Option(min=0, max=1, help="Share of written documents whose places carry values of other places.")
     ] = 0.0,
+    counterfactual_names: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of written documents whose places carry names made of parts of real ones.")
+    ] = 0.0,
     debug: Debug = False,
 ) -> None:
     """Ask a model for facts about held-out places that stand in its context, or write such documents.
@@ -55,7 +59,7 @@ def gazetteer(
     """
     sizes: dict[str, Any] = {"seed": seed, "max_words": max_words, "max_records": max_records}
     if write_documents is not None:
-        sizes["counterfactual"] = counterfactual
+        sizes |= {"counterfactual": counterfactual, "counterfactual_names": counterfactual_names}
         report = _write_documents(write_documents, num_documents or NUM_WRITTEN, split, sizes)
         print(json.dumps(report) if json_output else f"{write_documents}: {report['bytes']:,} bytes")
         return
