@@ -13,7 +13,7 @@ import math
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -28,6 +28,7 @@ from geobased.recall.gazetteer_documents import LAYOUTS, DocumentBuilder, Gazett
 from geobased.recall.gazetteer_recall import (
     RECALL_FIELDS,
     Accuracy,
+    Located,
     bootstrap_accuracy,
     closed_book_documents,
     recalled_answers,
@@ -154,6 +155,7 @@ def benchmark_examples(
     seed: int = 1,
     layouts: Sequence[str] = LAYOUTS,
     depths: Sequence[float] = DEPTHS,
+    start: int = 0,
 ) -> list[BenchmarkExample]:
     """`num_examples` examples of each length, in the order of `lengths`.
 
@@ -165,6 +167,7 @@ def benchmark_examples(
         tokenizer: a fast one; contexts hold as many records as fit in its tokens.
         lengths: tokens of a context with its question and answer.
         seed: an example depends on it, its index, `places`, `layouts` and `depths`; its number of records on the tokenizer.
+        start: index of the first example of each length.
 
     Raises:
         ValueError: an unknown layout, a depth outside [0, 1], a length that does not hold two records and a question, or more
@@ -187,7 +190,7 @@ def benchmark_examples(
     kinds = list(product(layouts, RECALL_FIELDS))
     random.Random(f"{seed}").shuffle(kinds)
     by_length: dict[int, list[BenchmarkExample]] = {length: [] for length in lengths}
-    for index in range(num_examples):
+    for index in range(start, start + num_examples):
         turn, number = divmod(index, len(depths))
         # at each depth all kinds take turns, and the depths begin with different ones
         layout, key = kinds[(turn + number * math.ceil(len(kinds) / len(depths))) % len(kinds)]
@@ -335,6 +338,7 @@ def evaluate_benchmark(
     batch_tokens: int = BATCH_TOKENS,
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: bool = False,
+    located: Mapping[GazetteerDocument, Located] | None = None,
 ) -> BenchmarkResult:
     """Accuracy of a model on examples, with 95 % intervals from resampled contexts.
 
@@ -347,6 +351,7 @@ def evaluate_benchmark(
         contains: also decode, for the metric `contains`.
         closed_book: also ask without any record.
         batch_tokens: about so many tokens at a time, but at least one context.
+        located: tokens of documents that are known already, see `recalled_answers`.
 
     Raises:
         ValueError: no examples.
@@ -358,9 +363,10 @@ def evaluate_benchmark(
     """
     if not examples:
         raise ValueError("there are no examples")
-    verdicts = {"exact": _exact(model, tokenizer, [example.document for example in examples], batch_tokens, progress)}
-    questions = closed_book_documents([example.document for example in examples])
-    alone = {"exact": _exact(model, tokenizer, questions, batch_tokens, False)} if closed_book else {}
+    documents = [example.document for example in examples]
+    verdicts = {"exact": _exact(model, tokenizer, documents, batch_tokens, progress, located)}
+    questions = closed_book_documents(documents)
+    alone = {"exact": _exact(model, tokenizer, questions, batch_tokens, False, located)} if closed_book else {}
     if contains:
         prompts = {
             "contains": [example.prompt for example in examples],
@@ -400,13 +406,15 @@ def _exact(
     documents: Sequence[GazetteerDocument],
     batch_tokens: int,
     progress: bool,
+    located: Mapping[GazetteerDocument, Located] | None,
 ) -> list[bool]:
     """Whether greedy decoding answers the question of each document exactly."""
     # characters stand for tokens here: they only decide which documents are read together, and at least as many fit
     hits = [False] * len(documents)
     with tqdm(total=len(documents), unit="context", desc="reading", disable=not progress) as bar:
         for chosen in _batches([len(document.text) for document in documents], 2 * batch_tokens):
-            verdicts = recalled_answers(model, tokenizer, [documents[i] for i in chosen], batch_size=len(chosen))
+            batch = [documents[i] for i in chosen]
+            verdicts = recalled_answers(model, tokenizer, batch, batch_size=len(batch), located=located)
             for i, ((_, hit),) in zip(chosen, verdicts, strict=True):
                 hits[i] = hit
             bar.update(len(chosen))

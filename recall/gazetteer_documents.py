@@ -355,7 +355,8 @@ class WriteDocumentsArguments:
     places: str | None = field(default=None, metadata={"help": "another table of places than the shipped one"})
 
 
-def _lines(arguments: WriteDocumentsArguments, chunk: tuple[int, int]) -> str:
+def document_lines(arguments: WriteDocumentsArguments, chunk: tuple[int, int]) -> list[str]:
+    """The lines of the file that `write_documents` writes from document chunk[0] on, chunk[1] of them."""
     table = arguments.places or PLACES_FILE
     places = load_places(arguments.split, table)
     documents = generate_documents(
@@ -370,7 +371,7 @@ def _lines(arguments: WriteDocumentsArguments, chunk: tuple[int, int]) -> str:
         table=table,
         start=chunk[0],
     )
-    return "".join(document_json(document) + "\n" for document in documents)
+    return [document_json(document) for document in documents]
 
 
 def write_documents(arguments: WriteDocumentsArguments) -> dict[str, Any]:
@@ -383,7 +384,7 @@ def write_documents(arguments: WriteDocumentsArguments) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     size = 500
     chunks = [(i, min(size, arguments.num_documents - i)) for i in range(0, arguments.num_documents, size)]
-    work = partial(_lines, arguments)
+    work = partial(document_lines, arguments)
     with (
         whole_file(output) as temporary,
         open(temporary, "w", encoding="utf-8") as file,
@@ -391,12 +392,12 @@ def write_documents(arguments: WriteDocumentsArguments) -> dict[str, Any]:
     ):
         if arguments.num_workers > 1:
             with ProcessPoolExecutor(arguments.num_workers) as pool:
-                for chunk, text in zip(chunks, pool.map(work, chunks), strict=True):
-                    file.write(text)
+                for chunk, lines in zip(chunks, pool.map(work, chunks), strict=True):
+                    file.writelines(line + "\n" for line in lines)
                     progress.update(chunk[1])
         else:
             for chunk in chunks:
-                file.write(work(chunk))
+                file.writelines(line + "\n" for line in work(chunk))
                 progress.update(chunk[1])
     return {**asdict(arguments), "bytes": output.stat().st_size}
 
@@ -417,6 +418,7 @@ __all__ = [
     "Question",
     "WriteDocumentsArguments",
     "document_json",
+    "document_lines",
     "draw_fields",
     "format_value",
     "generate_documents",

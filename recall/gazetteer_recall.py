@@ -10,7 +10,7 @@ first mistake, so one forward pass over the document gives the verdict of every 
 
 import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ class GazetteerRecall:
         return asdict(self)
 
 
-def locate_questions(document: GazetteerDocument, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[TokenQuestion]]:
+Located = tuple[list[int], list[TokenQuestion]]
+
+
+def locate_questions(document: GazetteerDocument, tokenizer: PreTrainedTokenizerBase) -> Located:
     """Ids of a document, after the beginning-of-text token if there is one, and its questions as token positions.
 
     Raises:
@@ -117,16 +120,19 @@ def recalled_answers(
     *,
     batch_size: int = 16,
     max_tokens: int | None = None,
+    located: Mapping[GazetteerDocument, Located] | None = None,
 ) -> list[list[tuple[TokenQuestion, bool]]]:
     """For each document, its questions and whether greedy decoding of the answer, from all the text before, is exact.
 
     Args:
         batch_size: documents at a time, of similar length; filled up on the right, which a causal model cannot see.
         max_tokens: longer documents are left out (an empty list stands for them).
+        located: what `locate_questions` gives for some of the documents, so that several models need no tokenizing anew.
     """
-    located = [locate_questions(document, tokenizer) for document in documents]
-    kept = [i for i, (ids, _) in enumerate(located) if max_tokens is None or len(ids) <= max_tokens]
-    order = sorted(kept, key=lambda i: len(located[i][0]))
+    known = {} if located is None else located
+    tokens = [known[item] if item in known else locate_questions(item, tokenizer) for item in documents]
+    kept = [i for i, (ids, _) in enumerate(tokens) if max_tokens is None or len(ids) <= max_tokens]
+    order = sorted(kept, key=lambda i: len(tokens[i][0]))
     results: list[list[tuple[TokenQuestion, bool]]] = [[] for _ in documents]
     limits_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     was_training = model.training
@@ -134,12 +140,12 @@ def recalled_answers(
     try:
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            width = max(len(located[i][0]) for i in rows)
+            width = max(len(tokens[i][0]) for i in rows)
             batch = torch.zeros(len(rows), width, dtype=torch.long)
             for row, i in enumerate(rows):
-                batch[row, : len(located[i][0])] = torch.tensor(located[i][0])
+                batch[row, : len(tokens[i][0])] = torch.tensor(tokens[i][0])
             # the logits of a long context are far larger than the model: only those from the first answer on are computed
-            first_answer = min((question.start for i in rows for question in located[i][1]), default=width)
+            first_answer = min((question.start for i in rows for question in tokens[i][1]), default=width)
             kept_logits = {"logits_to_keep": width - first_answer + 1} if limits_logits else {}
             predicted = model(input_ids=batch.to(model.device), use_cache=False, **kept_logits).logits.argmax(-1).cpu()
             skipped = width - predicted.shape[1]
@@ -147,7 +153,7 @@ def recalled_answers(
             for row, i in enumerate(rows):
                 results[i] = [
                     (question, all(hits[row][question.start - 1 - skipped : question.end - 1 - skipped]))
-                    for question in located[i][1]
+                    for question in tokens[i][1]
                 ]
     finally:
         model.train(was_training)
@@ -309,6 +315,7 @@ __all__ = [
     "Accuracy",
     "GazetteerRecall",
     "GazetteerRecallArguments",
+    "Located",
     "bootstrap_accuracy",
     "closed_book_documents",
     "evaluate",

@@ -84,7 +84,8 @@ def frequent_bigrams(sequences: Iterable[torch.Tensor | Sequence[int]], threshol
     """Bigrams that occur more than `threshold` times in tokenized training texts, as int64 [n, 2], sorted.
 
     Args:
-        sequences: token ids of the texts; no bigram reaches over their bounds. Few long ones are faster than many short ones.
+        sequences: token ids of the texts; no bigram reaches over their bounds. Few long ones are faster than many short ones,
+            and tensors on a GPU are counted there.
 
     Raises:
         ValueError: a negative threshold.
@@ -94,6 +95,7 @@ def frequent_bigrams(sequences: Iterable[torch.Tensor | Sequence[int]], threshol
     codes, counts = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     for ids in sequences:
         new, new_counts = _codes(torch.as_tensor(ids).flatten()).unique(return_counts=True)
+        codes, counts = codes.to(new.device), counts.to(new.device)
         codes, where = torch.cat([codes, new]).unique(return_inverse=True)
         counts = torch.zeros_like(codes).scatter_add(0, where, torch.cat([counts, new_counts]))
     chosen = codes[counts > threshold]
@@ -126,12 +128,24 @@ def evaluate_split_perplexity(
         (2.4, 38.1)
     """
     windows = perplexity_windows(tokenizer, [text] if isinstance(text, str) else list(text), context_length, stride)
+    return split_perplexity_of_windows(model, windows, batch_size=batch_size, frequent=frequent)
+
+
+@torch.inference_mode()
+def split_perplexity_of_windows(
+    model: PreTrainedModel,
+    windows: Sequence[tuple[torch.Tensor, int]],
+    *,
+    batch_size: int = 8,
+    frequent: torch.Tensor | None = None,
+) -> SplitPerplexity:
+    """`evaluate_split_perplexity` of a text that is cut already, by `perplexity_windows`."""
     totals, numbers = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     was_training = model.training
     model.eval()
     try:
         for first in range(0, len(windows), batch_size):
-            ids, losses, counted = window_losses(model, windows[first : first + batch_size])
+            ids, losses, counted = window_losses(model, list(windows[first : first + batch_size]))
             kinds = repeated_bigram_mask(ids, frequent)[:, 1:][counted].long()
             totals += torch.zeros_like(totals).index_add(0, kinds, losses[counted])
             numbers += torch.bincount(kinds, minlength=2)
@@ -157,4 +171,5 @@ __all__ = [
     "evaluate_split_perplexity",
     "frequent_bigrams",
     "repeated_bigram_mask",
+    "split_perplexity_of_windows",
 ]

@@ -23,6 +23,8 @@ from geobased.kernels.cross_entropy import cross_entropy
 
 # offsets in the flat buffers: 128 bytes of bfloat16, what the kernels of matrix products like
 ALIGNMENT = 64
+# steps between two looks at the clock: a GPU waits for a moment then
+CHECKED_STEPS = 25
 # steps that run op by op before the capture: Triton compiles, cuBLAS takes its workspace, AdamW makes its state
 WARMUP_STEPS = 3
 
@@ -61,7 +63,8 @@ class OptimizerSettings:
 class TrainingRun:
     """losses: (steps,) of every step, in nats per token with answers weighted.
 
-    seconds, tokens_per_second: without warm-up steps and captures; the speed is None where no step is left.
+    seconds, tokens_per_second: without warm-up steps and captures; the speed is None where no step is left. wall_seconds: with
+    them.
     """
 
     losses: list[float]
@@ -69,6 +72,7 @@ class TrainingRun:
     steps: int
     seconds: float
     tokens_per_second: float | None
+    wall_seconds: float
     captured: bool
     peak_memory_bytes: int | None
 
@@ -168,6 +172,8 @@ class Trainer:
         self.losses = torch.zeros(steps, device=self.device)
         self.step = torch.zeros(1, dtype=torch.long, device=self.device)  # of all phases together
         self.rate = self.schedule[0].clone()
+        self.deadline: float | None = None
+        self.tokens_left = 0
         decays = (settings.weight_decay, 0.0)
         self.optimizer = torch.optim.AdamW(
             [{"params": [w.master], "weight_decay": decay} for w, decay in zip(self.weights, decays, strict=True)],
@@ -177,8 +183,18 @@ class Trainer:
             capturable=self.device.type == "cuda",
         )
 
-    def run(self) -> TrainingRun:
-        """Train from the first step to the last."""
+    def run(self, deadline: float | None = None) -> TrainingRun:
+        """Train from the first step to the last.
+
+        Args:
+            deadline: of `time.perf_counter`. A training that would not be done by then, as fast as it is, stops.
+
+        Raises:
+            TimeoutError: the training would not be done by the deadline.
+            FloatingPointError: a loss is not finite.
+        """
+        started, self.deadline = time.perf_counter(), deadline
+        self.tokens_left = sum(order.numel() * rows.tokens.shape[1] for rows, order in self.phases)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         was_training, first_step, tokens, timed_tokens, seconds = self.model.training, 0, 0, 0, 0.0
@@ -201,6 +217,7 @@ class Trainer:
             steps=first_step,
             seconds=seconds,
             tokens_per_second=timed_tokens / seconds if seconds else None,
+            wall_seconds=time.perf_counter() - started,
             captured=self.captured,
             peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
         )
@@ -228,8 +245,13 @@ class Trainer:
                 step()
         self._synchronize()
         start = time.perf_counter()
-        for _ in range(len(order) - eager):
+        per_step = order.shape[1] * rows.tokens.shape[1]
+        self.tokens_left -= eager * per_step
+        for done in range(1, len(order) - eager + 1):
             replay()
+            self.tokens_left -= per_step
+            if self.deadline is not None and done % CHECKED_STEPS == 0:
+                self._check_deadline(start, done * per_step)
         self._synchronize()
         seconds = time.perf_counter() - start
         if graph is not None:
@@ -248,6 +270,15 @@ class Trainer:
             torch.cuda.synchronize(self.device)
             return None
         return graph
+
+    def _check_deadline(self, start: float, tokens: int) -> None:
+        """tokens: trained on since `start`."""
+        assert self.deadline is not None
+        self._synchronize()
+        now = time.perf_counter()
+        late = now + self.tokens_left * (now - start) / tokens - self.deadline
+        if late > 0:
+            raise TimeoutError(f"the training would be done {late:.0f} s after its deadline")
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -3,7 +3,8 @@
 A twin differs from the BASED model in its mixers alone, has as many parameters (the width of its MLPs makes up for the rest) and
 sees the same rows in the same order. What is compared, for each model and seed:
 
-- recall of facts about held-out places in contexts of 256 to 8,192 tokens (`gazetteer_benchmark`)
+- recall of facts about held-out places in contexts of 256 to 8,192 tokens (`gazetteer_benchmark`), and about the places whose
+  real names stand in training documents, too: what is lost between them is lost to names
 - perplexity of held-out text, apart for tokens that repeat a bigram of the context and for the others (`repeated_bigrams`)
 - tokens per second of a batch that generates (`twin_throughput`), and the bytes of the state it keeps
 
@@ -22,155 +23,47 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from geobased.modeling_based.configuration_based import BasedConfig
 from geobased.modeling_based.modeling_based import BasedForCausalLM
-from geobased.recall.gazetteer_benchmark import BATCH_TOKENS, BenchmarkExample, benchmark_examples, evaluate_benchmark
+from geobased.recall.gazetteer_benchmark import BATCH_TOKENS, BenchmarkResult, evaluate_benchmark
 from geobased.recall.gazetteer_documents import generate_documents
 from geobased.recall.places import load_places
-from geobased.recall.repeated_bigrams import evaluate_split_perplexity, frequent_bigrams
+from geobased.recall.repeated_bigrams import SplitPerplexity, frequent_bigrams, split_perplexity_of_windows
 from geobased.recall.state_size import state_bytes
-from geobased.recall.twin_data import PhaseSettings, document_rows, text_tokens
+from geobased.recall.twin_data import (
+    LocatedExamples,
+    PhaseSettings,
+    Workers,
+    document_rows,
+    located_examples,
+    text_tokens,
+)
 from geobased.recall.twin_plots import plot_throughput_against_recall, plot_twins
-from geobased.recall.twin_throughput import LLAMA_STATIC, equal_llama, timed_generation, ways_to_generate
-from geobased.recall.twin_training import OptimizerSettings, Rows, Trainer, TrainingRun, row_order, validation_losses
+from geobased.recall.twin_settings import DEFAULT_MODELS, MODELS, PRESETS, TwinSettings, num_parameters, twin_config
+from geobased.recall.twin_throughput import (
+    GRAPHS,
+    GRAPHS_SDPA,
+    LLAMA_DYNAMIC,
+    LLAMA_STATIC,
+    LOOP,
+    equal_llama,
+    timed_generation,
+    ways_to_generate,
+)
+from geobased.recall.twin_training import Rows, Trainer, TrainingRun, row_order, validation_losses
 from geobased.training.artifacts import save_model_folder, versions, write_json
+from geobased.training.perplexity import perplexity_windows
 from geobased.training.text_files import read_text
 
-MODELS = ("based", "attention", "sliding_window", "llama")
-DEFAULT_MODELS = ("based", "attention", "sliding_window")
 PEER = "transformers_llama"
 RESULTS_FILE = "results.json"
 # of the documents for perplexity, which are of held-out places; and the windows in which it is taken
 HELD_OUT_SEED, PERPLEXITY_CONTEXT = 103, 1024
-# about what torch.compile takes for a Llama
-COMPILE_SECONDS = 60.0
+# about what torch.compile takes for a Llama, and what the evaluation of a model takes on a GPU, where none is known yet
+COMPILE_SECONDS, EVALUATION_SECONDS = 60.0, 10.0
 # settings that a later call may change: what is there stays as it is
 EXTENSIBLE = ("num_seeds", "throughput_lengths", "compiled_llama")
 # losses in the results are means of so many steps
 LOGGED_STEPS = 10
-
-
-@dataclass(frozen=True)
-class TwinSettings:
-    """Everything that the results depend on, except the text files. Models have `blocks` times the four layers of `BLOCK`."""
-
-    hidden_size: int = 384
-    intermediate_size: int = 768
-    num_attention_heads: int = 6
-    feature_dim: int = 16
-    sliding_window: int = 64
-    blocks: int = 2
-    tokens: int = 50_000_000
-    """Of one run."""
-    tokens_per_step: int = 32_768
-    phases: tuple[PhaseSettings, ...] = (
-        # recall is learnt on short documents, and stretched on long ones
-        PhaseSettings(512, 0.25, num_documents=40_000, max_words=160, max_records=6),
-        PhaseSettings(1024, 0.4, num_documents=48_000, max_words=400, max_records=24),
-        PhaseSettings(8192, 0.35, num_documents=7_000, max_words=3200, max_records=250),
-    )
-    text_share: float = 0.1
-    counterfactual: float = 0.9
-    learning_rates: tuple[float, ...] = (2e-3,)
-    """With more than one, seed 0 is trained with each, and the best on validation documents serves the other seeds."""
-    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=0.0, answer_weight=8.0)
-    """`learning_rate` is set by `learning_rates`."""
-    num_seeds: int = 3
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
-    num_examples: int = 125
-    """Of each length."""
-    num_held_out_documents: int = 200
-    """For perplexity."""
-    throughput_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    """Tokens of prompt and continuation together."""
-    throughput_batch_size: int = 128
-    new_tokens: int = 256
-    compiled_llama: bool = True
-
-    @property
-    def context_length(self) -> int:
-        return max(*(phase.context_length for phase in self.phases), *self.lengths)
-
-
-BLOCK = ("conv", "linear_attention", "sliding_attention", "conv")
-PRESETS = {
-    # does everything run?
-    "smoke": TwinSettings(
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=2,
-        blocks=1,
-        tokens=1_500_000,
-        phases=(
-            PhaseSettings(512, 0.6, num_documents=1_500, max_words=160, max_records=8, num_validation=50),
-            PhaseSettings(2048, 0.4, num_documents=300, max_words=800, max_records=60, num_validation=20),
-        ),
-        num_seeds=1,
-        lengths=(256, 1024),
-        num_examples=20,
-        num_held_out_documents=20,
-        throughput_lengths=(512,),
-        throughput_batch_size=16,
-        new_tokens=64,
-        compiled_llama=False,
-    ),
-    # a 14M model, for one large GPU
-    "standard": TwinSettings(),
-    # the same models with twice the tokens, and two learning rates
-    "long": TwinSettings(tokens=100_000_000, learning_rates=(1e-3, 3e-3)),
-}
-
-
-def twin_config(
-    name: str, settings: TwinSettings, tokenizer: PreTrainedTokenizerBase, context_length: int | None = None
-) -> BasedConfig:
-    """Configuration of a model of `MODELS`, with as many parameters as "based" (to less than 1 %, for real sizes).
-
-    - "sliding_window": windows in place of linear attention
-    - "attention": attention over the whole context in place of linear attention and windows
-    - "llama": such attention in place of everything: the architecture of Llama
-
-    Args:
-        context_length: the window of full attention; by default the longest that training and evaluation need.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name not in MODELS:
-        raise ValueError(f"there is no twin {name!r}; choose from {', '.join(MODELS)}")
-    swaps: dict[str, dict[str, str]] = {
-        "based": {},
-        "sliding_window": {"linear_attention": "sliding_attention"},
-        "attention": {"linear_attention": "sliding_attention"},
-        "llama": dict.fromkeys(BLOCK, "sliding_attention"),
-    }
-    length = settings.context_length if context_length is None else context_length
-    config = BasedConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.blocks * len(BLOCK),
-        num_attention_heads=settings.num_attention_heads,
-        feature_dim=settings.feature_dim,
-        mixers=[swaps[name].get(mixer, mixer) for mixer in BLOCK] * settings.blocks,
-        sliding_window=length if name in ("attention", "llama") else settings.sliding_window,
-        max_position_embeddings=length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    if name != "based":
-        missing = num_parameters(twin_config("based", settings, tokenizer)) - num_parameters(config)
-        per_unit = 3 * settings.hidden_size * config.num_hidden_layers
-        config.intermediate_size += round(missing / per_unit / 8) * 8
-    return config
-
-
-def num_parameters(config: BasedConfig) -> int:
-    """Parameters of a model, which is not built."""
-    with torch.device("meta"):
-        model = BasedForCausalLM(config)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -182,9 +75,10 @@ class _Experiment:
     device: torch.device
     rows: list[Rows]
     validation: list[Rows]
-    examples: list[BenchmarkExample]
-    held_out: dict[str, list[str]]
-    """Texts for perplexities."""
+    examples: dict[str, LocatedExamples]
+    """Of held-out places under "recall", of training places under "recall_training_places"."""
+    held_out: dict[str, list[tuple[torch.Tensor, int]]]
+    """Windows of texts for perplexities."""
     frequent: torch.Tensor
     """Bigrams that occur so often in training that repeating them is no recall."""
 
@@ -201,7 +95,7 @@ class _Experiment:
             orders.append(row_order(rows, steps, batch_size, self.settings.text_share, 1000 * seed + number))
         return orders
 
-    def train(self, name: str, seed: int, learning_rate: float) -> tuple[BasedForCausalLM, TrainingRun]:
+    def train(self, name: str, seed: int, learning_rate: float, deadline: float | None) -> tuple[BasedForCausalLM, TrainingRun]:
         torch.manual_seed(seed)
         model: Any = BasedForCausalLM(twin_config(name, self.settings, self.tokenizer))
         model = model.to(self.device)
@@ -212,7 +106,7 @@ class _Experiment:
             pad_token_id=self.tokenizer.pad_token_id,
             dtype=self.dtype,
         )
-        return model, trainer.run()
+        return model, trainer.run(deadline)
 
     def validation_losses(self, model: BasedForCausalLM) -> dict[str, dict[str, float]]:
         """By row length, losses on documents of training places that were not trained on."""
@@ -222,18 +116,35 @@ class _Experiment:
         }
 
     def evaluate(self, model: BasedForCausalLM) -> dict[str, Any]:
-        """Recall by length, the same without the records, and perplexities of held-out text."""
-        batch = BATCH_TOKENS * (4 if self.device.type == "cuda" else 1)
-        recall = evaluate_benchmark(model, self.tokenizer, self.examples, contains=False, batch_tokens=batch)
-        return {
-            "recall": recall.to_dict(),
-            "perplexity": {
-                name: evaluate_split_perplexity(
-                    model, self.tokenizer, texts, PERPLEXITY_CONTEXT, batch_size=16, frequent=self.frequent
-                ).to_dict()
-                for name, texts in self.held_out.items()
-            },
-        }
+        """Losses on validation documents, recall by length, the same without the records, perplexities of held-out text, and the
+        seconds that each of them took."""
+        on_gpu = self.device.type == "cuda"
+        results: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, measure: Callable[[], Any]) -> None:
+            start = time.perf_counter()
+            results[name] = measure()
+            seconds[name] = round(time.perf_counter() - start, 2)
+
+        def recall(name: str) -> BenchmarkResult:
+            return evaluate_benchmark(
+                model,
+                self.tokenizer,
+                self.examples[name].examples,
+                contains=False,
+                batch_tokens=BATCH_TOKENS * (4 if on_gpu else 1),
+                located=self.examples[name].located,
+            )
+
+        def perplexity(windows: list[tuple[torch.Tensor, int]]) -> SplitPerplexity:
+            return split_perplexity_of_windows(model, windows, batch_size=64 if on_gpu else 16, frequent=self.frequent)
+
+        timed("validation", lambda: self.validation_losses(model))
+        for name in self.examples:
+            timed(name, lambda name=name: recall(name).to_dict())  # type: ignore[misc]
+        timed("perplexity", lambda: {name: perplexity(windows).to_dict() for name, windows in self.held_out.items()})
+        return {**results, "evaluation_seconds": seconds}
 
 
 def load_results(output_dir: str | Path) -> dict[str, Any]:
@@ -272,10 +183,10 @@ def run_twins(
         held_out_text: text files for the perplexities.
         cache_dir: of documents and tokens; `output_dir/data` by default.
         num_workers: processes that write and tokenise documents.
-        max_seconds: no training begins that would probably last longer, and no timing of generation after that; `complete`
-            is then false, and the next call goes on.
+        max_seconds: no training or timing of generation begins that would probably last longer, and one that turns out to do so
+            stops; `complete` is then false, and the next call goes on.
         throughput: whether generation is timed.
-        keep_models: save each model (bfloat16, with its tokenizer) in `output_dir/<model>-<seed>`.
+        keep_models: save each model (bfloat16, with its tokenizer) in `output_dir/<model>-<seed>-<learning rate>`.
         report: called with a line for every step of the work.
 
     Returns:
@@ -299,44 +210,80 @@ def run_twins(
         results["rows"] = result_rows(results, settings, tokenizer)
         write_json(folder / RESULTS_FILE, results)
 
-    def is_late(seconds: float) -> bool:
-        return max_seconds is not None and time.perf_counter() - started + seconds > max_seconds
-
-    experiment: _Experiment | None = None
-    longest: dict[str, float] = {}
-    late = False
-    while (planned := _next_run(results, settings, models)) is not None:
-        name, seed, learning_rate = planned
-        experiment = experiment or _prepare(
-            settings, tokenizer, device, text, held_out_text, cache_dir or folder / "data", num_workers, report
-        )
-        expected = longest.get(name, max(longest.values(), default=0.0))
-        if late := is_late(1.1 * expected):
-            report(f"{max_seconds:g} seconds do not suffice for {name}, seed {seed}: call again to go on")
-            break
-        begun = time.perf_counter()
-        model, run = experiment.train(name, seed, learning_rate)
-        entry = {"model": name, "seed": seed, "learning_rate": learning_rate, "num_parameters": model.num_parameters()}
-        entry |= _run_facts(run) | {"validation": experiment.validation_losses(model)} | experiment.evaluate(model)
-        results["runs"].append(entry)
-        longest[name] = max(longest.get(name, 0.0), time.perf_counter() - begun)
-        report(_run_line(entry, longest[name]))
-        if keep_models:
-            save_model_folder(model, [tokenizer], folder / f"{name}-{seed}-{learning_rate:g}", dtype="bfloat16")
-        save()
-        del model
-        _free(device)
-    if throughput:
-        for name, length, way in _missing_speeds(results, settings, tokenizer, models, device):
-            if late or is_late(COMPILE_SECONDS if way == LLAMA_STATIC else 0.0):
-                late = True
-                break
-            _measure(results, name, length, way, settings, tokenizer, device, report)
-            save()
-            _free(device)
-    results["complete"] = not late
+    work = _Work(settings, tokenizer, device, results, report, save, None if max_seconds is None else started + max_seconds)
+    try:
+        # the timings need no trained weights, and come first, lest trainings leave them no time; but for the compiled Llama
+        if throughput:
+            work.time_generation(models, [GRAPHS, GRAPHS_SDPA, LOOP, LLAMA_DYNAMIC])
+        if _next_run(results, settings, models) is not None:
+            data = (text, held_out_text, cache_dir or folder / "data", num_workers)
+            work.train(
+                models, _prepare(settings, tokenizer, device, *data, work.deadline, report), folder if keep_models else None
+            )
+        if throughput:
+            work.time_generation(models, [LLAMA_STATIC])
+        results["complete"] = True
+    except TimeoutError as error:
+        report(f"{max_seconds:g} seconds do not suffice for {error}: call again to go on")
+        results["complete"] = False
     save()
     return results
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What adds to the results, and stops with a TimeoutError that names what would have come next."""
+
+    settings: TwinSettings
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    results: dict[str, Any]
+    report: Callable[[str], None]
+    save: Callable[[], None]
+    deadline: float | None
+
+    def check(self, what: str, seconds: float) -> None:
+        if self.deadline is not None and time.perf_counter() + seconds > self.deadline:
+            raise TimeoutError(what)
+
+    def time_generation(self, models: Sequence[str], ways: Sequence[str]) -> None:
+        """All timings in some `ways` that are missing."""
+        for name, length, way in _missing_speeds(self.results, self.settings, self.tokenizer, models, self.device):
+            if way not in ways:
+                continue
+            # a longer context takes longer than the last one did
+            before = [entry["seconds"] for entry in self.results["throughput"] if entry["way"] == way]
+            expected = max(before, default=0.0)
+            self.check(
+                f"the speed of {name} at {length:,} tokens", max(expected, COMPILE_SECONDS if way == LLAMA_STATIC else 0.0)
+            )
+            _measure(self.results, name, length, way, self.settings, self.tokenizer, self.device, self.report)
+            self.save()
+            _free(self.device)
+
+    def train(self, models: Sequence[str], experiment: "_Experiment", folder: Path | None) -> None:
+        """All trainings that are missing; models are saved to a folder if there is one."""
+        while (planned := _next_run(self.results, self.settings, models)) is not None:
+            name, seed, learning_rate = planned
+            runs = self.results["runs"]
+            evaluation = max((sum(run["evaluation_seconds"].values()) for run in runs), default=EVALUATION_SECONDS)
+            training = max((run["wall_seconds"] for run in runs if run["model"] == name), default=0.0)
+            self.check(f"{name}, seed {seed}", training + evaluation)
+            try:
+                model, run = experiment.train(
+                    name, seed, learning_rate, None if self.deadline is None else self.deadline - evaluation
+                )
+            except TimeoutError as error:
+                raise TimeoutError(f"{name}, seed {seed}") from error
+            entry = {"model": name, "seed": seed, "learning_rate": learning_rate, "num_parameters": model.num_parameters()}
+            entry |= _run_facts(run) | experiment.evaluate(model)
+            runs.append(entry)
+            self.report(_run_line(entry))
+            if folder is not None:
+                save_model_folder(model, [self.tokenizer], folder / f"{name}-{seed}-{learning_rate:g}", dtype="bfloat16")
+            self.save()
+            del model
+            _free(self.device)
 
 
 def _open_results(
@@ -379,30 +326,41 @@ def _prepare(
     held_out_text: Sequence[str | Path],
     cache_dir: str | Path,
     num_workers: int,
+    deadline: float | None,
     report: Callable[[str], None],
 ) -> _Experiment:
     started = time.perf_counter()
-    plain = text_tokens(text, tokenizer, cache_dir)
-    options: dict[str, Any] = {"counterfactual": settings.counterfactual, "num_workers": num_workers}
-    rows = [document_rows(phase, tokenizer, cache_dir, text=plain, **options) for phase in settings.phases]
-    validation = [document_rows(phase, tokenizer, cache_dir, validation=True, **options) for phase in settings.phases]
-    places = load_places("held_out")
-    examples = benchmark_examples(places, tokenizer, settings.lengths, settings.num_examples)
-    documents = generate_documents(places, settings.num_held_out_documents, HELD_OUT_SEED)
-    held_out = {"held_out_documents": [document.text for document in documents]}
-    if held_out_text:
-        held_out["held_out_text"] = [read_text(path) for path in held_out_text]
-    frequent = frequent_bigrams([row.tokens for row in rows])
-    number = sum(r.tokens.numel() for r in rows)
-    report(f"{number:,} training tokens, {len(examples):,} examples: {time.perf_counter() - started:.0f} s")
+    shares: dict[str, Any] = {"counterfactual": settings.counterfactual, "counterfactual_names": settings.counterfactual_names}
+    try:
+        with Workers(num_workers, deadline) as workers:
+            counts = {"held_out": settings.num_examples, "train": settings.num_training_examples}
+            collect = [located_examples(split, tokenizer, settings.lengths, n, workers) for split, n in counts.items()]
+            plain = text_tokens(text, tokenizer, cache_dir)
+            documents = generate_documents(load_places("held_out"), settings.num_held_out_documents, HELD_OUT_SEED)
+            texts = {"held_out_documents": [document.text for document in documents]}
+            if held_out_text:
+                texts["held_out_text"] = [read_text(path) for path in held_out_text]
+            windows = {name: perplexity_windows(tokenizer, items, PERPLEXITY_CONTEXT) for name, items in texts.items()}
+
+            def rows_of(phase: PhaseSettings, **options: Any) -> Rows:
+                return document_rows(phase, tokenizer, cache_dir, workers, **shares, **options)
+
+            rows = [rows_of(phase, text=plain).to(device) for phase in settings.phases]
+            validation = [rows_of(phase, validation=True) for phase in settings.phases]
+            held_out, training = (collected() for collected in collect)
+    except TimeoutError as error:
+        raise TimeoutError("the data") from error
+    frequent = frequent_bigrams([row.tokens for row in rows]).cpu()
+    number, num_examples = sum(r.tokens.numel() for r in rows), len(held_out.examples) + len(training.examples)
+    report(f"{number:,} training tokens, {num_examples:,} examples: {time.perf_counter() - started:.0f} s")
     return _Experiment(
         settings,
         tokenizer,
         device,
-        rows=[r.to(device) for r in rows],
+        rows=rows,
         validation=validation,
-        examples=examples,
-        held_out=held_out,
+        examples={"recall": held_out, "recall_training_places": training},
+        held_out=windows,
         frequent=frequent,
     )
 
@@ -441,13 +399,16 @@ def _run_facts(run: TrainingRun) -> dict[str, Any]:
     return {**facts, "losses": means}
 
 
-def _run_line(run: dict[str, Any], seconds: float) -> str:
-    recall = run["recall"]["exact"]["by_length"]
-    shown = ", ".join(f"{length}: {100 * accuracy['accuracy']:.0f} %" for length, accuracy in recall.items())
+def _run_line(run: dict[str, Any]) -> str:
+    recall, of_training_places = (
+        ", ".join(f"{length}: {100 * accuracy['accuracy']:.0f} %" for length, accuracy in run[name]["exact"]["by_length"].items())
+        for name in ("recall", "recall_training_places")
+    )
     speed = f"{run['tokens_per_second']:,.0f} tokens/s, " if run["tokens_per_second"] else ""
     return (
         f"{run['model']}, seed {run['seed']}, rate {run['learning_rate']:g}: {run['tokens'] / 1e6:.1f} M tokens, {speed}"
-        f"loss {run['losses'][-1][1]:.3f}, recall {shown}; {seconds:.0f} s"
+        f"loss {run['losses'][-1][1]:.3f}, recall {recall}; of training places {of_training_places}; training"
+        f" {run['wall_seconds']:.0f} s, evaluation {', '.join(f'{k} {v:.1f} s' for k, v in run['evaluation_seconds'].items())}"
     )
 
 
@@ -502,6 +463,7 @@ def _measure(
     case = {"model": name, "length": length, "way": way}
     batch_size, new_tokens = settings.throughput_batch_size, settings.new_tokens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    start = time.perf_counter()
     try:
         speed = timed_generation(config, way, batch_size, length - new_tokens, new_tokens, device, dtype)
     except Exception as error:  # whatever a compiler or a driver raises: the other timings are worth having
@@ -510,8 +472,9 @@ def _measure(
         report(f"{name} at {length:,} tokens, {way}: not timed, {reason}")
         return
     report(f"{name} at {length:,} tokens, {way}: {speed.tokens_per_second:,.0f} tokens/s")
-    sizes = {"batch_size": batch_size, "prompt_length": length - new_tokens, "new_tokens": new_tokens}
-    results["throughput"].append(case | sizes | {"state_bytes": state_bytes(config, length, bytes_per_number=2)} | asdict(speed))
+    case |= {"batch_size": batch_size, "prompt_length": length - new_tokens, "new_tokens": new_tokens}
+    facts = {"state_bytes": state_bytes(config, length, bytes_per_number=2), "seconds": round(time.perf_counter() - start, 1)}
+    results["throughput"].append(case | facts | asdict(speed))
 
 
 def result_rows(results: dict[str, Any], settings: TwinSettings, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -525,6 +488,7 @@ def result_rows(results: dict[str, Any], settings: TwinSettings, tokenizer: PreT
         exact = run["recall"]["exact"]["by_length"]
         for length in settings.lengths:
             accuracy, speed = exact[str(length)], fastest(results, run["model"], length)
+            known = run["recall_training_places"]["exact"]["by_length"][str(length)]
             rows.append(
                 {
                     "model": run["model"],
@@ -541,6 +505,7 @@ def result_rows(results: dict[str, Any], settings: TwinSettings, tokenizer: PreT
                     "low": accuracy["low"],
                     "high": accuracy["high"],
                     "num_questions": accuracy["num_questions"],
+                    "training_places_accuracy": known["accuracy"],
                     "closed_book": run["recall"]["closed_book"]["exact"]["overall"]["accuracy"],
                     "perplexity": run["perplexity"],
                     "state_bytes": state_bytes(config, length, bytes_per_number=2),

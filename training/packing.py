@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -76,7 +76,7 @@ class DocumentBlocks:
         return self.tokens[rows].astype(np.int64), self.answers[rows].astype(bool), padding
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase) -> Any:
+def plain_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any:
     """A copy of the tokenizer's backend without the padding and truncation that earlier calls may have left switched on."""
     from tokenizers import Tokenizer
 
@@ -88,7 +88,7 @@ def _plain(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _cache_key(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps({"format": CACHE_FORMAT, **options}, sort_keys=True).encode())
-    digest.update(_plain(tokenizer).to_str().encode())
+    digest.update(plain_tokenizer(tokenizer).to_str().encode())
     for path in paths:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -132,7 +132,7 @@ def pack_text(paths: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, c
     folder = Path(cache_dir) / f"text-{_cache_key(files, tokenizer, {'kind': 'text'})}"
     if not (folder / "facts.json").is_file():
         dtype = token_dtype(len(tokenizer))
-        plain = _plain(tokenizer)
+        plain = plain_tokenizer(tokenizer)
         pieces: list[np.ndarray] = []
         for path in files:
             # line by line: the tokenizer library works on them in parallel, and a line break is a token border anyway
@@ -158,7 +158,7 @@ def encode_document(line: str, tokenizer: Any, where: str = "document") -> tuple
     return encoding.ids, mask
 
 
-def _encode_lines(serialized: str, lines: list[str], where: str, max_tokens: int) -> tuple[list[np.ndarray], int]:
+def encode_lines(serialized: str, lines: list[str], where: str, max_tokens: int) -> tuple[list[np.ndarray], int]:
     """Documents as rows (2, num_tokens) of ids and answer mask, and how many were too long."""
     from tokenizers import Tokenizer
 
@@ -210,21 +210,57 @@ def pack_documents(
         documents, dropped = _encode_file(file, tokenizer, length - 1, num_workers)
         if not documents:
             raise ValueError(f"{file}: no document fits into {length} tokens ({dropped} are longer)")
-        bins = _bins([document.shape[1] + 1 for document in documents], length)
-        tokens = np.full((len(bins), length), tokenizer.pad_token_id, token_dtype(len(tokenizer)))
-        answers = np.zeros((len(bins), length), np.uint8)
-        lengths = np.zeros(len(bins), np.int32)
-        for row, members in enumerate(bins):
-            position = 0
-            for index in members:
-                ids, mask = documents[index]
-                tokens[row, position : position + ids.size] = ids
-                answers[row, position : position + ids.size] = mask
-                tokens[row, position + ids.size] = tokenizer.eos_token_id
-                position += ids.size + 1
-            lengths[row] = position
-        facts = {"num_documents": len(documents), "dropped": dropped}
-        _publish({"tokens": tokens, "answers": answers, "lengths": lengths}, facts, folder)
+        _publish_blocks(documents, dropped, tokenizer, length, folder)
+    return _load_blocks(folder)
+
+
+def pack_encoded_documents(
+    encode: Callable[[], tuple[list[np.ndarray], int]],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    cache_dir: str | Path,
+    origin: dict[str, Any],
+) -> DocumentBlocks:
+    """`pack_documents` for documents that stand in no file.
+
+    Args:
+        encode: called where the cache has nothing; returns documents as `encode_lines` does, of at most `length` - 1 tokens.
+        origin: all that the documents follow from, fit for JSON.
+
+    Raises:
+        ValueError: no document fits.
+    """
+    options = {"kind": "encoded documents", "length": length, "origin": origin}
+    folder = Path(cache_dir) / f"documents-{_cache_key([], tokenizer, options)}"
+    if not (folder / "facts.json").is_file():
+        documents, dropped = encode()
+        if not documents:
+            raise ValueError(f"no document fits into {length} tokens ({dropped} are longer)")
+        _publish_blocks(documents, dropped, tokenizer, length, folder)
+    return _load_blocks(folder)
+
+
+def _publish_blocks(
+    documents: list[np.ndarray], dropped: int, tokenizer: PreTrainedTokenizerBase, length: int, folder: Path
+) -> None:
+    bins = _bins([document.shape[1] + 1 for document in documents], length)
+    tokens = np.full((len(bins), length), tokenizer.pad_token_id, token_dtype(len(tokenizer)))
+    answers = np.zeros((len(bins), length), np.uint8)
+    lengths = np.zeros(len(bins), np.int32)
+    for row, members in enumerate(bins):
+        position = 0
+        for index in members:
+            ids, mask = documents[index]
+            tokens[row, position : position + ids.size] = ids
+            answers[row, position : position + ids.size] = mask
+            tokens[row, position + ids.size] = tokenizer.eos_token_id
+            position += ids.size + 1
+        lengths[row] = position
+    facts = {"num_documents": len(documents), "dropped": dropped}
+    _publish({"tokens": tokens, "answers": answers, "lengths": lengths}, facts, folder)
+
+
+def _load_blocks(folder: Path) -> DocumentBlocks:
     facts = json.loads((folder / "facts.json").read_text())
     tokens, answers, lengths = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "answers", "lengths"))
     return DocumentBlocks(tokens, answers, lengths, facts["num_documents"], facts["dropped"])
@@ -233,7 +269,7 @@ def pack_documents(
 def _encode_file(
     path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int, num_workers: int
 ) -> tuple[list[np.ndarray], int]:
-    serialized = _plain(tokenizer).to_str()
+    serialized = plain_tokenizer(tokenizer).to_str()
     documents: list[np.ndarray] = []
     dropped = 0
     with open(path, encoding="utf-8") as file:
@@ -248,9 +284,9 @@ def _encode_file(
     )
     if num_workers > 1:
         with ProcessPoolExecutor(num_workers) as pool:
-            results = list(pool.map(_encode_lines, *arguments))
+            results = list(pool.map(encode_lines, *arguments))
     else:
-        results = list(map(_encode_lines, *arguments))
+        results = list(map(encode_lines, *arguments))
     for encoded, too_long in results:
         documents += encoded
         dropped += too_long
@@ -344,8 +380,11 @@ __all__ = [
     "MixtureSchedule",
     "TextTokens",
     "encode_document",
+    "encode_lines",
     "identity_collator",
     "pack_documents",
+    "pack_encoded_documents",
     "pack_text",
+    "plain_tokenizer",
     "token_dtype",
 ]

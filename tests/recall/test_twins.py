@@ -1,6 +1,7 @@
 """Equal twins: the training loop against a plain one, equal sizes, and the whole experiment in small."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,10 @@ import geobased
 from geobased.kernels.sliding_window_attention_step import sliding_window_attention_step
 from geobased.modeling_based.configuration_based import BasedConfig
 from geobased.modeling_based.modeling_based import BasedForCausalLM
+from geobased.recall.gazetteer_benchmark import benchmark_examples, evaluate_benchmark
+from geobased.recall.gazetteer_recall import closed_book_documents, locate_questions
+from geobased.recall.places import load_places
+from geobased.recall.twin_data import Workers, document_rows, located_examples
 from geobased.recall.twin_throughput import (
     GRAPHS,
     GRAPHS_SDPA,
@@ -56,6 +61,7 @@ SETTINGS = replace(
     ),
     lengths=(128, 192),
     num_examples=3,
+    num_training_examples=2,
     num_held_out_documents=2,
     throughput_lengths=(128,),
     throughput_batch_size=2,
@@ -154,6 +160,16 @@ def test_a_diverging_run_raises_and_names_the_step():
         Trainer(model, [(rows, row_order(rows, 2, 2, 0.0, seed=0))], OptimizerSettings(1e-3), pad_token_id=PAD).run()
 
 
+def test_a_training_that_would_not_be_done_in_time_stops_early():
+    rows = repeating_rows()
+    order = row_order(rows, 100_000, 6, 0.0, seed=0)
+    trainer = Trainer(small_model(), [(rows, order)], OptimizerSettings(5e-3), pad_token_id=PAD)
+    start = time.perf_counter()
+    with pytest.raises(TimeoutError, match=r"would be done \d+ s after its deadline"):
+        trainer.run(start + 5)
+    assert time.perf_counter() - start < 5
+
+
 def test_rows_come_once_before_any_comes_again_and_text_has_its_share():
     tokens = torch.zeros(30, 4, dtype=torch.int32)
     rows = Rows(tokens, tokens.bool(), num_documents=20)
@@ -171,6 +187,34 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert rates[0] == pytest.approx(0.1)
     assert (rates[9:61] == 1).all()
     assert rates[-1] == pytest.approx(1 / 40)
+
+
+def test_rows_and_examples_do_not_depend_on_the_number_of_processes(tokenizer, tmp_path):
+    phase, places = SETTINGS.phases[0], load_places("train")
+    rows, examples = [], []
+    for number in (1, 2):
+        with Workers(number) as workers:
+            collect = located_examples("train", tokenizer, (128, 192), 6, workers)
+            rows.append(document_rows(phase, tokenizer, tmp_path / str(number), workers))
+            examples.append(collect())
+    assert torch.equal(rows[0].tokens, rows[1].tokens) and torch.equal(rows[0].answers, rows[1].answers)
+    assert examples[0] == examples[1] and examples[0].examples == benchmark_examples(places, tokenizer, (128, 192), 6)
+    example = examples[0].examples[-1]
+    assert examples[0].located[example.document] == locate_questions(example.document, tokenizer)
+    assert closed_book_documents([example.document])[0] in examples[0].located
+    # made once, then read
+    with Workers(deadline=0.0) as late:
+        assert torch.equal(document_rows(phase, tokenizer, tmp_path / "1", late).tokens, rows[0].tokens)
+        with pytest.raises(TimeoutError, match="not done by the deadline"):
+            document_rows(phase, tokenizer, tmp_path / "1", late, counterfactual_names=0.0)
+
+
+def test_tokens_that_are_known_give_the_same_recall(tokenizer):
+    torch.manual_seed(0)
+    model = BasedForCausalLM(twin_config("based", SETTINGS, tokenizer))
+    examples = located_examples("held_out", tokenizer, (128,), 3, Workers())()
+    known = evaluate_benchmark(model, None, examples.examples, contains=False, located=examples.located)
+    assert known == evaluate_benchmark(model, tokenizer, examples.examples, contains=False)
 
 
 @pytest.mark.parametrize("preset", ["standard", "long"])
@@ -249,7 +293,9 @@ def test_the_experiment_resumes_and_its_results_can_be_drawn(tokenizer, tmp_path
     first = run(models=("based",), throughput=False)
     assert first["complete"] and len(first["runs"]) == 1 and not first["throughput"]
     assert run(max_seconds=0.0)["complete"] is False
-    assert "0 seconds do not suffice for sliding_window, seed 0: call again to go on" in lines
+    assert lines[-1] == "0 seconds do not suffice for the speed of based at 128 tokens: call again to go on"
+    assert run(max_seconds=0.0, throughput=False)["complete"] is False
+    assert lines[-1] == "0 seconds do not suffice for the data: call again to go on"
     results = run(keep_models=True)
     assert results["complete"] and results == load_results(tmp_path / "out") == json.loads(json.dumps(results))
     assert results["runs"][0] == first["runs"][0]  # not trained again
@@ -257,6 +303,8 @@ def test_the_experiment_resumes_and_its_results_can_be_drawn(tokenizer, tmp_path
     assert based["tokens"] == sliding["tokens"] == 6 * 512 * 2
     assert abs(based["num_parameters"] - sliding["num_parameters"]) < 0.05 * based["num_parameters"]
     assert based["learning_rate"] == 2e-3
+    assert based["recall"]["num_examples"] == 3 * 2 and based["recall_training_places"]["num_examples"] == 2 * 2
+    assert set(based["evaluation_seconds"]) == {"validation", "recall", "recall_training_places", "perplexity"}
     assert set(based["perplexity"]) == {"held_out_documents", "held_out_text"}
     assert based["perplexity"]["held_out_text"]["repeated"]["num_tokens"] > 0
     assert (tmp_path / "out" / "sliding_window-0-0.002" / "model.safetensors").is_file()
@@ -267,6 +315,8 @@ def test_the_experiment_resumes_and_its_results_can_be_drawn(tokenizer, tmp_path
     speed = fastest(results, "based", 128)
     assert speed["batch_size"] == 2 and speed["tokens_per_second"] > 0 and speed["way"] == "transformers' loop"
     row = results["rows"][0]
+    known = based["recall_training_places"]["exact"]["by_length"]["128"]
+    assert row["training_places_accuracy"] == known["accuracy"] and known["num_questions"] == 2
     assert row["tokens_per_second"] == speed["tokens_per_second"] and 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
     assert row["state_bytes"] > results["rows"][2]["state_bytes"] > 0
     assert fastest(results, "transformers_llama", 128) is not None and fastest(results, "based", 192) is None
@@ -279,7 +329,9 @@ def test_the_experiment_resumes_and_its_results_can_be_drawn(tokenizer, tmp_path
         throughput=False, report=lines.append,
     )  # fmt: skip
     assert more["runs"][:2] == results["runs"] and more["runs"][2]["seed"] == 1
-    assert more["runs"][2]["losses"] != based["losses"]
+    assert more["runs"][2]["losses"] != based["losses"]  # other weights, other rows
+    assert more["runs"][2]["validation"].keys() == based["validation"].keys()
+    assert len(list((tmp_path / "out" / "data").glob("documents-*"))) == 2 * len(SETTINGS.phases)  # the same documents
 
     for plot, name in ((plot_twins, "twins.png"), (plot_throughput_against_recall, "recall.png")):
         plot(more, tmp_path / name)

@@ -100,15 +100,16 @@ def _plot(output_dir: Path) -> None:
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Means over seeds: recall, and tokens per second where generation was timed, by length."""
+    """Means over seeds, by length: recall of held-out and of training places, and tokens per second where they were timed."""
     rows = results["rows"]
-    lines = [f"{'model':<16}{'tokens':>8}{'recall':>10}{'tokens/s':>12}{'state':>14}"]
+    lines = [f"{'model':<16}{'tokens':>8}{'recall':>10}{'known places':>14}{'tokens/s':>12}{'state':>14}"]
     for name in dict.fromkeys(row["model"] for row in rows):
         for length in dict.fromkeys(row["length"] for row in rows):
             group = [row for row in rows if (row["model"], row["length"]) == (name, length)]
-            recall, speed = mean(row["accuracy"] for row in group), group[0]["tokens_per_second"]
+            recall, known = (100 * mean(row[name] for row in group) for name in ("accuracy", "training_places_accuracy"))
+            speed = group[0]["tokens_per_second"]
             shown = "" if speed is None else f"{speed:,.0f}"
-            lines.append(f"{name:<16}{length:>8,}{100 * recall:>8.1f} %{shown:>12}{group[0]['state_bytes']:>12,} B")
+            lines.append(f"{name:<16}{length:>8,}{recall:>8.1f} %{known:>12.1f} %{shown:>12}{group[0]['state_bytes']:>12,} B")
     return "\n".join(lines)
 
 
