@@ -83,8 +83,9 @@ class MQARConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
-        if self.expand * self.hidden_size % self.head_dim and {"mamba2", "gated_deltanet"} & set(self.mixers):
-            raise ValueError(f"expand * hidden_size={self.expand * self.hidden_size} is not divisible by head_dim={self.head_dim}")
+        inner = self.expand * self.hidden_size
+        if inner % self.head_dim and {"mamba2", "gated_deltanet"} & set(self.mixers):
+            raise ValueError(f"expand * hidden_size={inner} is not divisible by head_dim={self.head_dim}")
         self.num_hidden_layers = len(self.mixers)
         super().__post_init__(**kwargs)
 
@@ -106,7 +107,7 @@ def add_norms(
     next_bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The end of a layer: the new residual, which zoology's identity MLP adds its norm to, and what the next layer or head reads."""
+    """The end of a layer: the new residual, to which zoology's identity MLP adds its norm, and what is read next."""
     residual = residual + branch
     residual = residual + F.layer_norm(residual, identity_weight.shape, identity_weight, identity_bias, eps)
     return residual, F.layer_norm(residual, next_weight.shape, next_weight, next_bias, eps)
