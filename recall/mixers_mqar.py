@@ -137,7 +137,9 @@ class TaylorLinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(taylor_linear_attention(q, k, v).flatten(2))
+        mixed = taylor_linear_attention(q, k, v)
+        assert isinstance(mixed, torch.Tensor)  # without a final state
+        return self.out_proj(mixed.flatten(2))
 
 
 def _in_chunks(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

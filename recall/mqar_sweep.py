@@ -168,8 +168,8 @@ def train_configuration(
                 (_examples[seed],) = load_examples(preset, [seed], cache)
             train_set, validation, test = _examples[seed]
             config = configuration.model_config(preset.vocab_size)
-            common = {"epochs": preset.epochs, "batch_size": preset.batch_size, "precision": preset.precision}
-            runs = [(config, TrainingSettings(rate, seed=seed, **common)) for rate in missing]
+            settings = TrainingSettings(missing[0], preset.epochs, preset.batch_size, seed=seed, precision=preset.precision)
+            runs = [(config, replace(settings, learning_rate=rate)) for rate in missing]
             unfinished = [output_dir / "unfinished" / f"{run_name(configuration, rate, seed)}.pt" for rate in missing]
             cohort = train_cohort(runs, train_set, validation, device=_device, deadline=deadline, checkpoints=unfinished)
             for trained in cohort:

@@ -103,7 +103,8 @@ class _Run:
     def __init__(self, config: MQARConfig, settings: TrainingSettings, train: Sequence[Examples], device: torch.device):
         self.settings, self.train, self.device = settings, train, device
         torch.manual_seed(settings.seed)
-        self.model = MQARForCausalLM(config).to(device).train()
+        self.model = MQARForCausalLM(config).train()
+        self.model.to(device)
         self.model.dropout_generator = torch.Generator(device).manual_seed(settings.seed)
         self.trained = TrainedModel(self.model, settings)
         self.steps_per_segment = [len(examples.inputs) // settings.batch_size for examples in train]
@@ -146,6 +147,7 @@ class _Run:
 
     def _capture(self) -> list[torch.cuda.CUDAGraph]:
         """One graph per segment, over memory that they share, since they run one after the other."""
+        assert self.stream is not None
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             # compiles kernels and creates the optimizer's state; at a learning rate of zero the weights stay what they are
@@ -286,7 +288,8 @@ def train_cohort(
         if id(run) in paths and paths[id(run)].exists():
             run.load(paths[id(run)])
     earlier = {id(run): run.trained.seconds for run in cohort}
-    active, finished = list(cohort), set()
+    active = list(cohort)
+    finished: set[int] = set()
     # as they were at the end of the last whole epoch
     states = {id(run): run.state() for run in cohort if id(run) in paths}
     while active and _train_epoch(active, device, deadline):
