@@ -299,8 +299,8 @@ def _train_all(
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(devices, max(1, cores // workers))
     )
-    # the largest first, so that none of them is left for the end
-    ordered = sorted(configurations, key=lambda item: (-item.hidden_size * len(item.mixers), item.label))
+    # those that take longest first, so that none of them is left for the end
+    ordered = sorted(configurations, key=lambda item: (-item.hidden_size * sum(map(_relative_cost, item.mixers)), item.label))
     with pool, tqdm(total=total, initial=count_done(), desc=f"{preset.name}: trainings", unit="run") as bar:
         pending: dict[Future, str] = {
             pool.submit(train_configuration, preset, item, output_dir, deadline): item.label for item in ordered
@@ -322,6 +322,10 @@ def _train_all(
             f"{len(failures)} of {len(configurations)} configurations failed, the others are done:"
             f" {', '.join(label for label, _ in failures)}"
         ) from failures[0][1]
+
+
+def _relative_cost(mixer: str) -> int:
+    return 3 if mixer in ("mamba2", "gated_deltanet") else 1
 
 
 def _earlier_seconds(output_dir: Path) -> float:
