@@ -137,15 +137,17 @@ class TaylorLinearAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(taylor_linear_attention(q, k, v).flatten(2))
+        mixed = taylor_linear_attention(q, k, v)
+        assert isinstance(mixed, torch.Tensor)  # without a final state
+        return self.out_proj(mixed.flatten(2))
 
 
-def _in_chunks(x: torch.Tensor) -> torch.Tensor:
-    """(batch, seq_len, heads, ...) -> float32 (batch, heads, chunks, CHUNK, ...), filled up with zeros."""
+def _in_chunks(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(batch, seq_len, heads, ...) -> (batch, heads, chunks, CHUNK, ...), filled up with zeros."""
     missing = -x.shape[1] % CHUNK
     if missing:
         x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
-    return x.float().unflatten(1, (-1, CHUNK)).movedim(3, 1)
+    return x.to(dtype).unflatten(1, (-1, CHUNK)).movedim(3, 1)
 
 
 def _from_chunks(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -167,22 +169,23 @@ def state_space_dual(x: torch.Tensor, log_decay: torch.Tensor, b: torch.Tensor, 
         b, c: (batch, seq_len, state_size), shared by the heads.
 
     Returns:
-        (batch, seq_len, heads, head_dim), computed in float32, returned like x.
+        (batch, seq_len, heads, head_dim) like x. Decays are float32; products take their operands in the dtype of b.
     """
     with torch.autocast(x.device.type, enabled=False):
-        values, total = _in_chunks(x), _in_chunks(log_decay).cumsum(-1)
-        b, c = _in_chunks(b.unsqueeze(2)), _in_chunks(c.unsqueeze(2))
-        y = ((c @ b.transpose(-1, -2)) * _decay_within(total)) @ values
+        dtype = b.dtype
+        values, total = _in_chunks(x, dtype), _in_chunks(log_decay).cumsum(-1)
+        b, c = _in_chunks(b.unsqueeze(2), dtype), _in_chunks(c.unsqueeze(2), dtype)
+        y = ((c @ b.transpose(-1, -2)) * _decay_within(total)).to(dtype) @ values
         end = total[..., -1:]
-        written = (b * (end - total).exp().unsqueeze(-1)).transpose(-1, -2) @ values
-        read = c * total.exp().unsqueeze(-1)
+        written = (b * (end - total).exp().unsqueeze(-1)).to(dtype).transpose(-1, -2) @ values
+        read = (c * total.exp().unsqueeze(-1)).to(dtype)
         # what is left of each chunk's writing at the start of each later chunk
         ends = end.squeeze(-1).cumsum(-1)
         left = (ends - end.squeeze(-1)).unsqueeze(-1) - ends.unsqueeze(-2)
         later = torch.arange(ends.shape[-1], device=x.device)
-        left = left.masked_fill(later.unsqueeze(-1) <= later, -torch.inf).exp()
+        left = left.masked_fill(later.unsqueeze(-1) <= later, -torch.inf).exp().to(dtype)
         states = (left @ written.flatten(3)).unflatten(-1, written.shape[3:])
-        return _from_chunks(y + read @ states, x)
+        return _from_chunks(y.float() + read @ states, x)
 
 
 class Mamba2(nn.Module):
@@ -221,7 +224,7 @@ def mamba2_inner(
     norm_weight: torch.Tensor,
     state_size: int,
 ) -> torch.Tensor:
-    """All of Mamba-2 between its projections: (batch, seq_len, inner + (inner + 2 state_size) + heads) -> (batch, seq_len, inner)."""
+    """All of Mamba-2 between its projections: (batch, seq_len, 2 inner + 2 state_size + heads) -> (batch, seq_len, inner)."""
     inner, heads = norm_weight.shape[0], dt_bias.shape[0]
     z, xbc, dt = projected.split([inner, inner + 2 * state_size, heads], dim=-1)
     values, b, c = silu_convolution(xbc, conv_weight, conv_bias).split([inner, state_size, state_size], dim=-1)
@@ -271,8 +274,8 @@ def gated_deltanet_inner(
     key_dim: int,
 ) -> torch.Tensor:
     """All of Gated DeltaNet between its projections -> (batch, seq_len, heads * head_dim)."""
-    heads, head_dim = dt_bias.shape[0], norm_weight.shape[0]
-    q, k, v, log_decay, beta = fused(_delta_rule_inputs, qkv)(qkv, decay_and_beta, conv_weight, dt_bias, A_log, key_dim, head_dim)
+    weights = (conv_weight, dt_bias, A_log, key_dim, norm_weight.shape[0])
+    q, k, v, log_decay, beta = fused(_delta_rule_inputs, qkv)(qkv, decay_and_beta, *weights)
     y = gated_delta_rule(q, k, v, log_decay, beta)
     return fused(_gated_norm, y)(y, gate, norm_weight)
 
@@ -295,7 +298,7 @@ def _delta_rule_inputs(
 
 
 def _gated_norm(y: torch.Tensor, gate: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
-    """The norm of each head's output, times silu(gate); (batch, seq_len, heads, head_dim) -> (batch, seq_len, heads * head_dim)."""
+    """The norm of each head's output, times silu(gate): (batch, seq_len, heads, head_dim) -> (batch, seq_len, both)."""
     normed = F.rms_norm(y.float(), norm_weight.shape, norm_weight, 1e-5)
     return (normed * F.silu(gate.float().unflatten(-1, y.shape[2:]))).flatten(2).to(gate.dtype)
 
@@ -303,7 +306,9 @@ def _gated_norm(y: torch.Tensor, gate: torch.Tensor, norm_weight: torch.Tensor) 
 def gated_delta_rule(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
-    """Gated DeltaNet's core (Yang et al. 2024): S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, y_t = q_t S_t / sqrt(d).
+    """Gated DeltaNet's core (Yang et al. 2024), y_t = q_t S_t / sqrt(key_dim).
+
+    S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
 
     Args:
         q, k: (batch, seq_len, heads, key_dim), brought to length 1 here.
@@ -320,10 +325,12 @@ def gated_delta_rule(
         solved = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
         new, old = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
         state, outputs = new.new_zeros(*new.shape[:2], k.shape[-1], new.shape[-1]), []
-        for chunk in range(new.shape[2]):
-            written = new[:, :, chunk] - old[:, :, chunk] @ state
-            outputs.append(read[:, :, chunk] @ state + within[:, :, chunk] @ written)
-            state = state * end[:, :, chunk] + kept[:, :, chunk].transpose(-1, -2) @ written
+        # unbound: the gradient of a slice is as large as all of them
+        for chunk in zip(*(part.unbind(2) for part in (new, old, read, within, kept, end)), strict=True):
+            new_here, old_here, read_here, within_here, kept_here, end_here = chunk
+            written = new_here - old_here @ state
+            outputs.append(read_here @ state + within_here @ written)
+            state = state * end_here + kept_here.transpose(-1, -2) @ written
         return _from_chunks(torch.stack(outputs, dim=2), v)
 
 

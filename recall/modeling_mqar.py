@@ -7,6 +7,7 @@ convolution, or a mixer's own one, tells neighbours apart. The embedding is the 
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class MQARConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.mixers = list(self.mixers)
         unknown = [mixer for mixer in self.mixers if mixer not in MIXERS]
         if unknown or not self.mixers:
@@ -83,8 +84,9 @@ class MQARConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
-        if self.expand * self.hidden_size % self.head_dim and {"mamba2", "gated_deltanet"} & set(self.mixers):
-            raise ValueError(f"expand * hidden_size={self.expand * self.hidden_size} is not divisible by head_dim={self.head_dim}")
+        inner = self.expand * self.hidden_size
+        if inner % self.head_dim and {"mamba2", "gated_deltanet"} & set(self.mixers):
+            raise ValueError(f"expand * hidden_size={inner} is not divisible by head_dim={self.head_dim}")
         self.num_hidden_layers = len(self.mixers)
         super().__post_init__(**kwargs)
 
@@ -93,8 +95,8 @@ class MQARConfig(PreTrainedConfig):
 class MQAROutput(ModelOutput):
     """`loss`: mean over the queries, where labels were given; `logits`: (batch, seq_len or queries, vocab_size)."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 def add_norms(
@@ -106,7 +108,7 @@ def add_norms(
     next_bias: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The end of a layer: the new residual, which zoology's identity MLP adds its norm to, and what the next layer or head reads."""
+    """The end of a layer: the new residual, to which zoology's identity MLP adds its norm, and what is read next."""
     residual = residual + branch
     residual = residual + F.layer_norm(residual, identity_weight.shape, identity_weight, identity_bias, eps)
     return residual, F.layer_norm(residual, next_weight.shape, next_weight, next_bias, eps)
@@ -171,7 +173,7 @@ class MQARForCausalLM(MQARPreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     def _dropout(self, embedded: torch.Tensor) -> torch.Tensor:
         if not self.training or self.config.embedding_dropout == 0:
@@ -183,10 +185,11 @@ class MQARForCausalLM(MQARPreTrainedModel):
     def hidden_states(self, input_ids: torch.Tensor, query_positions: torch.Tensor | None = None) -> torch.Tensor:
         """What the head reads: (batch, seq_len or queries, hidden_size)."""
         residual = self._dropout(self.embed_tokens(input_ids))
-        first = self.layers[0].mixer_norm
+        layers = [cast(MQARLayer, layer) for layer in self.layers]
+        first = layers[0].mixer_norm
         hidden_states = fused(F.layer_norm, residual)(residual, first.weight.shape, first.weight, first.bias, first.eps)
-        next_norms = [layer.mixer_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, next_norm in zip(self.layers, next_norms, strict=True):
+        next_norms = [layer.mixer_norm for layer in layers[1:]] + [self.norm]
+        for layer, next_norm in zip(layers, next_norms, strict=True):
             branch = layer.mixer(hidden_states)
             if next_norm is self.norm and query_positions is not None:
                 # nothing after the last mixer looks at other positions
@@ -202,7 +205,7 @@ class MQARForCausalLM(MQARPreTrainedModel):
         labels: torch.Tensor | None = None,
         query_positions: torch.Tensor | None = None,
         return_dict: bool | None = None,
-        **_,
+        **_: Any,
     ) -> MQAROutput | tuple:
         """Logits of every position, or of the queries alone.
 

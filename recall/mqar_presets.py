@@ -128,8 +128,8 @@ FIGURE2 = (
     *_attention([64, 128]),
     *_windows([(128, 16), (128, 64), (128, 256), (128, 1024)]),
     *_alone(128),
-    *_recurrent("mamba2", alone=[(64, 16), (128, 64)], after_conv=[(64, 16), (128, 16), (128, 64), (128, 128)]),
-    *_recurrent("gated_deltanet", alone=[(128, 16)], after_conv=[(64, 16), (128, 16), (128, 64), (128, 128)]),
+    *_recurrent("mamba2", alone=[(64, 16)], after_conv=[(64, 16), (128, 16), (128, 64), (128, 128)]),
+    *_recurrent("gated_deltanet", alone=[], after_conv=[(64, 16), (128, 16), (128, 64), (128, 128)]),
 )
 FIGURE2_QUICK = (
     *_based([(64, 8), (64, 16), (128, 8), (128, 16), (128, 24)]),

@@ -10,17 +10,16 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from geobased.whole_file import whole_file
+from geobased.training.artifacts import versions, write_json
 
 from .mqar import Examples, Segment, generate_examples, segment_seeds
 from .mqar_presets import ABSENT, PRESETS, Configuration, Preset
@@ -30,7 +29,6 @@ from .state_size import state_bytes
 REFERENCE_SEED = 123  # zoology's, of which the first seed's examples are drawn
 VALIDATION_EXAMPLES = 500  # per segment
 DEFAULT_WORKERS = 4  # per GPU: while one compiles kernels, the others train
-VERSIONED = ("torch", "triton", "transformers", "geobased", "flash-linear-attention")
 
 # of a worker process
 _device = torch.device("cpu")
@@ -86,23 +84,33 @@ def _settings(preset: Preset) -> dict[str, Any]:
 def prepare_folder(preset: Preset, output_dir: Path) -> None:
     """Creates the folder of a sweep, or checks that it belongs to it.
 
+    A `results.json` alone, of another machine, is enough to go on from: its rows become the files of finished runs.
+
     Raises:
         ValueError: the folder holds runs of other settings.
     """
     for name in ("runs", "unfinished"):
         (output_dir / name).mkdir(parents=True, exist_ok=True)
     path, settings = output_dir / "settings.json", {"preset": preset.name, "settings": _settings(preset)}
+    results = output_dir / "results.json"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found != settings:
-            raise ValueError(f"{output_dir} holds runs of preset {found.get('preset')!r} with other settings: choose another folder")
-        return
-    _write_json(path, settings)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with whole_file(path) as file:
-        file.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    elif results.exists():
+        whole = json.loads(results.read_text(encoding="utf-8"))
+        whole["settings"].pop("seeds")
+        found = {"preset": whole["preset"], "settings": whole["settings"]}
+    else:
+        found, whole = settings, None
+    if found != settings:
+        raise ValueError(f"{output_dir} holds runs of preset {found.get('preset')!r} with other settings: choose another folder")
+    if not path.exists():
+        write_json(path, settings)
+        configurations = {configuration.label: configuration for configuration in preset.configurations}
+        for row in whole["rows"] if whole is not None else []:
+            row.pop("chosen_learning_rate")
+            if row["label"] in configurations:
+                name = run_name(configurations[row["label"]], row["learning_rate"], row["seed"])
+                write_json(output_dir / "runs" / f"{name}.json", row)
 
 
 def _row(preset: Preset, configuration: Configuration, trained: TrainedModel, test: Sequence[Examples]) -> dict[str, Any]:
@@ -160,14 +168,14 @@ def train_configuration(
                 (_examples[seed],) = load_examples(preset, [seed], cache)
             train_set, validation, test = _examples[seed]
             config = configuration.model_config(preset.vocab_size)
-            common = {"epochs": preset.epochs, "batch_size": preset.batch_size, "precision": preset.precision}
-            runs = [(config, TrainingSettings(rate, seed=seed, **common)) for rate in missing]
+            settings = TrainingSettings(missing[0], preset.epochs, preset.batch_size, seed=seed, precision=preset.precision)
+            runs = [(config, replace(settings, learning_rate=rate)) for rate in missing]
             unfinished = [output_dir / "unfinished" / f"{run_name(configuration, rate, seed)}.pt" for rate in missing]
             cohort = train_cohort(runs, train_set, validation, device=_device, deadline=deadline, checkpoints=unfinished)
             for trained in cohort:
                 if trained is not None:
                     name = run_name(configuration, trained.settings.learning_rate, seed)
-                    _write_json(output_dir / "runs" / f"{name}.json", _row(preset, configuration, trained, test))
+                    write_json(output_dir / "runs" / f"{name}.json", _row(preset, configuration, trained, test))
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
     rows = train(preset.learning_rates, preset.seeds[0])
@@ -224,7 +232,7 @@ def run_sweep(
         seeds: how many seeds; the preset's by default.
         device: "cuda" uses all visible GPUs, "cuda:0" one, "cpu" none; a GPU if there is one by default.
         workers: processes; four per GPU or one per two CPU cores by default.
-        max_seconds: no epoch is begun afterwards; the next call goes on from there.
+        max_seconds: the trainings stop then; the next call goes on from the last whole epoch of each.
 
     Returns:
         what `results.json` holds: preset, device, versions, settings, absent families, and a row for each run.
@@ -248,10 +256,15 @@ def run_sweep(
     prepare_folder(chosen, output_dir)
     started = time.monotonic()
     deadline = None if max_seconds is None else started + max_seconds
+    earlier = _earlier_seconds(output_dir)
+
+    def write() -> dict[str, Any]:
+        return _write_results(chosen, output_dir, device, earlier + time.monotonic() - started)
+
     try:
-        _train_all(chosen, configurations, output_dir, device, workers, deadline)
+        _train_all(chosen, configurations, output_dir, device, workers, deadline, write)
     finally:
-        results = _write_results(chosen, output_dir, device, time.monotonic() - started)
+        results = write()
     return results
 
 
@@ -262,6 +275,7 @@ def _train_all(
     device: torch.device,
     workers: int | None,
     deadline: float | None,
+    write: Callable[[], object],
 ) -> None:
     labels = {configuration.label for configuration in configurations}
 
@@ -285,8 +299,8 @@ def _train_all(
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(devices, max(1, cores // workers))
     )
-    # the largest first, so that none of them is left for the end
-    ordered = sorted(configurations, key=lambda item: (-item.hidden_size * len(item.mixers), item.label))
+    # those that take longest first, so that none of them is left for the end
+    ordered = sorted(configurations, key=lambda item: (-item.hidden_size * sum(map(_relative_cost, item.mixers)), item.label))
     with pool, tqdm(total=total, initial=count_done(), desc=f"{preset.name}: trainings", unit="run") as bar:
         pending: dict[Future, str] = {
             pool.submit(train_configuration, preset, item, output_dir, deadline): item.label for item in ordered
@@ -297,7 +311,9 @@ def _train_all(
                 done, still = wait(pending, timeout=5, return_when=FIRST_COMPLETED)
                 failures += [(pending[future], error) for future in done if (error := future.exception()) is not None]
                 pending = {future: pending[future] for future in still}
-                bar.update(count_done() - bar.n)
+                if (runs := count_done()) > bar.n:
+                    bar.update(runs - bar.n)
+                    write()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -308,33 +324,30 @@ def _train_all(
         ) from failures[0][1]
 
 
-def _write_results(preset: Preset, output_dir: Path, device: torch.device, seconds: float) -> dict[str, Any]:
+def _relative_cost(mixer: str) -> int:
+    return 3 if mixer in ("mamba2", "gated_deltanet") else 1
+
+
+def _earlier_seconds(output_dir: Path) -> float:
     path = output_dir / "results.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else 0.0
+    return json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else 0.0
+
+
+def _write_results(preset: Preset, output_dir: Path, device: torch.device, seconds: float) -> dict[str, Any]:
     gpu = device.type == "cuda"
     results = {
         "preset": preset.name,
         "device": torch.cuda.get_device_name(device) if gpu else f"cpu ({platform.machine()})",
         "num_devices": torch.cuda.device_count() if gpu and device.index is None else 1,
-        "versions": _versions(),
+        "versions": versions(),
         "date": datetime.date.today().isoformat(),
-        "seconds": earlier + seconds,
+        "seconds": seconds,
         "settings": _settings(preset) | {"seeds": list(preset.seeds)},
         "absent": dict(ABSENT),
         "rows": collect_rows(preset, output_dir),
     }
-    _write_json(path, results)
+    write_json(output_dir / "results.json", results)
     return results
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
 
 
 __all__ = [

@@ -1,15 +1,17 @@
 """Training of the small models of multi-query associative recall, several at a time on one GPU.
 
-A whole step (draw the batch, forward, backward, learning rate, AdamW) is one CUDA graph, so that the interpreter has nothing to do
-between steps; the runs of a cohort (learning rates, seeds) replay theirs on streams of their own, side by side. On a CPU the same
-step runs without a graph. As in zoology, the segments of the curriculum are served in order and examples are not shuffled.
+A whole step (draw the batch, forward, backward, learning rate, AdamW) is one CUDA graph, so that the interpreter has nothing to
+do between steps; the runs of a cohort (learning rates, seeds) replay theirs on streams of their own, side by side. On a CPU the
+same step runs without a graph. As in zoology, the segments of the curriculum are served in order and examples are not shuffled.
 """
 
+import copy
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,14 +23,15 @@ from .mqar import Examples
 
 PRECISIONS = ("bf16", "tf32", "fp32")
 EVALUATION_TOKENS = 1 << 16
+STEPS_PER_LOOK = 32  # how often the clock is looked at
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """How one model is trained.
 
-    The learning rate falls from its highest value to zero along a cosine. `precision` is that of matrix products and mixers; weights,
-    residual and norms are float32. A CPU always computes in float32. Training stops once the validation accuracy reaches
+    The learning rate falls from its highest value to zero along a cosine. `precision` is that of matrix products and mixers;
+    weights, residual and norms are float32. A CPU always computes in float32. Training stops once the validation accuracy reaches
     `stop_accuracy`.
     """
 
@@ -100,7 +103,8 @@ class _Run:
     def __init__(self, config: MQARConfig, settings: TrainingSettings, train: Sequence[Examples], device: torch.device):
         self.settings, self.train, self.device = settings, train, device
         torch.manual_seed(settings.seed)
-        self.model = MQARForCausalLM(config).to(device).train()
+        self.model = MQARForCausalLM(config).train()
+        self.model.to(device)
         self.model.dropout_generator = torch.Generator(device).manual_seed(settings.seed)
         self.trained = TrainedModel(self.model, settings)
         self.steps_per_segment = [len(examples.inputs) // settings.batch_size for examples in train]
@@ -143,6 +147,7 @@ class _Run:
 
     def _capture(self) -> list[torch.cuda.CUDAGraph]:
         """One graph per segment, over memory that they share, since they run one after the other."""
+        assert self.stream is not None
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             # compiles kernels and creates the optimizer's state; at a learning rate of zero the weights stay what they are
@@ -183,8 +188,8 @@ class _Run:
             with torch.cuda.stream(self.stream):
                 self.graphs[segment].replay()
 
-    def save(self, path: Path) -> None:
-        """Everything that the rest of the training depends on."""
+    def state(self) -> dict[str, Any]:
+        """A copy of everything that the rest of the training depends on."""
         state = {
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
@@ -195,11 +200,10 @@ class _Run:
             "training_loss": self.trained.training_loss,
             "seconds": self.trained.seconds,
         }
-        with whole_file(path) as file:
-            torch.save(state, file)
+        return copy.deepcopy(state)
 
     def load(self, path: Path) -> None:
-        """Goes on from a file of `save`, unless it is of other settings.
+        """Goes on from a saved `state`, unless it is of other settings.
 
         Raises:
             ValueError: it is of other settings.
@@ -232,6 +236,25 @@ class _Run:
         return done or trained.validation_accuracy[-1] >= self.settings.stop_accuracy or trained.diverged
 
 
+def _train_epoch(active: Sequence[_Run], device: torch.device, deadline: float | None) -> bool:
+    """One epoch of each run, side by side; whether it ended before the deadline."""
+    for segment, steps in enumerate(active[0].steps_per_segment):
+        for run in active:
+            run.start_segment()
+        for step in range(steps):
+            if step % STEPS_PER_LOOK == 0 and deadline is not None:
+                # launches run far ahead of the GPU, and would go on after the deadline
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if time.monotonic() >= deadline:
+                    return False
+            for run in active:
+                run.advance(segment)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return True
+
+
 def train_cohort(
     runs: Sequence[tuple[MQARConfig, TrainingSettings]],
     train: Sequence[Examples],
@@ -247,8 +270,9 @@ def train_cohort(
         runs: configuration and settings of each; their batch sizes must agree.
         train: segments of the curriculum, read in this order in every epoch; examples beyond the last full batch are left out.
         validation: segments whose mean accuracy ends a training early.
-        deadline: time (of `time.monotonic`) after which no epoch is begun; models that are not done by then are `None`.
-        checkpoints: one file a run, which is read if it exists, written at the deadline, and removed at the end of the training.
+        deadline: time (of `time.monotonic`) at which all stops; models that are not done by then are `None`.
+        checkpoints: one file a run, which is read if it exists, written at the deadline with what the last whole epoch left, and
+            removed at the end of the training.
 
     Raises:
         ValueError: no runs, different batch sizes, or a batch larger than a segment.
@@ -264,28 +288,28 @@ def train_cohort(
         if id(run) in paths and paths[id(run)].exists():
             run.load(paths[id(run)])
     earlier = {id(run): run.trained.seconds for run in cohort}
-    active, finished = list(cohort), set()
-    while active and (deadline is None or time.monotonic() < deadline):
-        for segment, steps in enumerate(active[0].steps_per_segment):
-            for run in active:
-                run.start_segment()
-            for _ in range(steps):
-                for run in active:
-                    run.advance(segment)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        ended = [run for run in active if run.end_epoch(validation)]
-        for run in ended:
+    active = list(cohort)
+    finished: set[int] = set()
+    # as they were at the end of the last whole epoch
+    states = {id(run): run.state() for run in cohort if id(run) in paths}
+    while active and _train_epoch(active, device, deadline):
+        ended = []
+        for run in active:
+            done = run.end_epoch(validation)
             run.trained.seconds = earlier[id(run)] + time.monotonic() - started
-            run.graphs.clear()  # their memory serves the others' evaluation
-            if id(run) in paths:
-                paths[id(run)].unlink(missing_ok=True)
+            if done:
+                ended.append(run)
+                run.graphs.clear()  # their memory serves the others' evaluation
+                states.pop(id(run), None)
+                if id(run) in paths:
+                    paths[id(run)].unlink(missing_ok=True)
+            elif id(run) in paths:
+                states[id(run)] = run.state()
         finished.update(map(id, ended))
         active = [run for run in active if id(run) not in finished]
-    for run in active:
-        if id(run) in paths:
-            run.trained.seconds = earlier[id(run)] + time.monotonic() - started
-            run.save(paths[id(run)])
+    for key, state in states.items():
+        with whole_file(paths[key]) as file:
+            torch.save(state, file)
     for run in cohort:
         nn.Module.zero_grad(run.model, set_to_none=True)
     return [run.trained if id(run) in finished else None for run in cohort]

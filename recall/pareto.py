@@ -316,13 +316,13 @@ def summary_tables(results: Mapping[str, Any]) -> str:
     if not entries:
         return "No configuration has a chosen learning rate yet."
     frontier = pareto_frontier(entries)
-    lines = ["| family | configuration | layers | parameters | state | log2 bytes | accuracy | seeds | learning rate |"]
-    lines.append("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    lines = ["| family | configuration | parameters | state | log2 bytes | accuracy | seeds | learning rate |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
     for entry in entries:
         accuracy = f"**{entry.accuracy}**" if entry in frontier else str(entry.accuracy)
         tried = ", ".join(f"{rate.learning_rate:.1e}: {rate.accuracy:.2f}" for rate in entry.tried)
         cells = (
-            *(family_name(entry.family), entry.label, " + ".join(entry.mixers), f"{entry.num_parameters:,}"),
+            *(family_name(entry.family), entry.label, f"{entry.num_parameters:,}"),
             *(readable_bytes(entry.state_bytes), f"{entry.log2_bytes:.1f}" if entry.state_bytes else "", accuracy),
             *(str(entry.accuracy.n), f"{entry.learning_rate:.1e} (of {tried})"),
         )

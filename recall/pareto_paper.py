@@ -146,8 +146,10 @@ def _claimed_accuracy(entries: Sequence[Entry]) -> Statement:
     low = CLAIMED_SIZE - SIZE_TOLERANCE
     if best.accuracy.mean < CLAIMED_ACCURACY and max(entry.log2_bytes for entry in small) < low:
         return Statement(claim, None, f"the sweep has no BASED from 2^{low:g} to 2^{CLAIMED_SIZE} bytes")
-    evidence = f"{best.label}: {best.accuracy} with {readable_bytes(best.state_bytes)} (2^{best.log2_bytes:.1f})"
-    return Statement(claim, best.accuracy.mean >= CLAIMED_ACCURACY, evidence)
+    size = f"{readable_bytes(best.state_bytes)} (2^{best.log2_bytes:.1f})"
+    evidence = f"{best.label}: {best.accuracy.mean:.4f} with {size}, compared to the claim's two decimals"
+    # a value read off a figure has no third decimal
+    return Statement(claim, round(best.accuracy.mean, 2) >= CLAIMED_ACCURACY, evidence)
 
 
 def interpolated_accuracy(entries: Sequence[Entry], log2_bytes: float) -> float:

@@ -179,7 +179,7 @@ def _figure(width: float, height: float) -> Any:
 def _save(figure: Any, path: str | Path) -> None:
     # no software version in the file: the same data give the same bytes
     with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        figure.savefig(unfinished, format="png", dpi=110, facecolor="white", metadata={"Software": None})
 
 
 __all__ = ["plot_by_test", "plot_pareto"]

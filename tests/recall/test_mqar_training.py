@@ -156,8 +156,14 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path):
     assert json.loads(lost.read_text())["accuracy"] == again["accuracy"]
     assert len(repeated) == 6
 
-    with pytest.raises(ValueError, match="holds runs of preset 'smoke'"):
-        mqar_sweep.prepare_folder(PRESETS["figure2"], tmp_path)
+    # the results of another machine are enough to go on from
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "results.json").write_text((tmp_path / "results.json").read_text())
+    assert mqar_sweep.run_sweep("smoke", elsewhere, device=CPU, workers=1)["rows"] == repeated
+    for folder in (tmp_path, elsewhere):
+        with pytest.raises(ValueError, match="holds runs of preset 'smoke'"):
+            mqar_sweep.prepare_folder(PRESETS["figure2"], folder)
 
 
 def test_no_time_leaves_no_runs_and_says_so_in_the_results(tmp_path: Path):
