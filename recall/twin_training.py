@@ -222,6 +222,12 @@ class Trainer:
             peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
         )
 
+    def release(self) -> None:
+        """Frees the memory of the optimizer, whoever may still refer to it: captured steps leave references."""
+        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        for tensor in (*states, *(t for weights in self.weights for t in (weights.master, weights.master.grad))):
+            tensor.untyped_storage().resize_(0)
+
     def _run_phase(self, rows: Rows, order: torch.Tensor, first_step: int) -> tuple[int, float] | None:
         """-> steps that were timed, and their seconds."""
 

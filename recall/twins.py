@@ -106,7 +106,10 @@ class _Experiment:
             pad_token_id=self.tokenizer.pad_token_id,
             dtype=self.dtype,
         )
-        return model, trainer.run(deadline)
+        try:
+            return model, trainer.run(deadline)
+        finally:
+            trainer.release()
 
     def validation_losses(self, model: BasedForCausalLM) -> dict[str, dict[str, float]]:
         """By row length, losses on documents of training places that were not trained on."""

@@ -87,14 +87,18 @@ def twins(name: str, folder: Path, results: dict[str, Any]) -> str:
     """Recall by length and perplexity of each model; means and standard deviations over seeds."""
     rows = results["rows"]
     lengths = of_each(rows, "length")
-    recall, perplexity = [], []
+    recall, of_training_places, perplexity = [], [], []
     sources = list(rows[0]["perplexity"]) if rows else []
     for model in of_each(rows, "model"):
         own = selected(rows, model=model)
         one_each = selected(own, length=lengths[0])  # what does not depend on the length stands in every row of a seed
         start = (TWINS.get(model, model), number(own[0]["num_parameters"]), str(len(one_each)))
-        cells = [over_seeds([100 * row["accuracy"] for row in selected(own, length=length)], ".1f") for length in lengths]
+        cells, cells_of_training_places = (
+            [over_seeds([100 * row[field] for row in selected(own, length=length)], ".1f") for length in lengths]
+            for field in ("accuracy", "training_places_accuracy")
+        )
         recall.append([*start, *cells, over_seeds([100 * row["closed_book"] for row in one_each], ".1f")])
+        of_training_places.append([start[0], *cells_of_training_places])
         kinds = [(source, kind) for source in sources for kind in ("repeated", "other")]
         perplexity.append(
             [
@@ -105,8 +109,11 @@ def twins(name: str, folder: Path, results: dict[str, Any]) -> str:
     headings = [f"{source.replace('_', ' ')}: {kind}" for source in sources for kind in ("repeated", "all others")]
     parts = [
         about(name, folder, results, len({(row["model"], row["seed"]) for row in rows})),
-        "Answers recalled exactly, %, by tokens of context; in the last column without the record, from memory:",
+        "Answers about held-out places recalled exactly, %, by tokens of context; in the last column without the record, from"
+        " memory:",
         markdown_table(["model", "parameters", "seeds", *map(number, lengths), "without"], recall),
+        "The same about places whose names stand in training documents:",
+        markdown_table(["model", *map(number, lengths)], of_training_places),
         "Perplexity of tokens that repeat a bigram of the context, and of all others:",
         markdown_table(["model", *headings], perplexity),
     ]
@@ -117,7 +124,7 @@ def throughput(name: str, folder: Path, results: dict[str, Any]) -> str:
     """Speed and state of each model and length, beside its recall at that length."""
     table = [
         [
-            *(number(entry["length"]), TWINS.get(entry["model"], entry["model"]), entry["loop"]),
+            *(number(entry["length"]), TWINS.get(entry["model"], entry["model"]), entry["way"]),
             *(readable_bytes(entry["state_bytes"]), f"{entry['tokens_per_second']:,.0f}"),
             f"{entry['end_to_end_tokens_per_second']:,.0f}",
             over_seeds(
@@ -130,7 +137,11 @@ def throughput(name: str, folder: Path, results: dict[str, Any]) -> str:
     headings = ["tokens", "model", "by", "state of a sequence", "tokens/s", "with the prompt", "recalled, %"]
     parts = [f"Batches of {sizes} sequences:", markdown_table(headings, table)] if table else ["Speed was not measured."]
     if results.get("absent"):
-        parts.append("\n".join(f"- {case}: {reason}" for case, reason in results["absent"].items()))
+        cases = [
+            f"- {TWINS.get(case['model'], case['model'])} at {number(case['length'])} tokens, {case['way']}: {case['reason']}"
+            for case in results["absent"]
+        ]
+        parts.append("\n".join(["Not measured:", "", *cases]))
     return "\n\n".join(parts + plots(name, folder, throughput=True))
 
 

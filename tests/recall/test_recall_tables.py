@@ -47,13 +47,13 @@ def twin_row(model, seed, length, accuracy):
     perplexity = {"held_out_documents": {"repeated": {"token_perplexity": 2.0 + seed}, "other": {"token_perplexity": 20.0}}}
     return {
         **{"model": model, "seed": seed, "num_parameters": 12_000_000, "length": length, "accuracy": accuracy},
-        **{"closed_book": 0.01, "perplexity": perplexity},
+        **{"training_places_accuracy": accuracy - 0.1, "closed_book": 0.01, "perplexity": perplexity},
     }
 
 
 def speed(model, length, tokens_per_second):
     return {
-        **{"model": model, "length": length, "loop": "CUDA graphs", "batch_size": 128, "state_bytes": 1 << 20},
+        **{"model": model, "length": length, "way": "CUDA graphs", "batch_size": 128, "state_bytes": 1 << 20},
         **{"tokens_per_second": tokens_per_second, "end_to_end_tokens_per_second": tokens_per_second / 2},
     }
 
@@ -81,7 +81,8 @@ def test_numbers_come_from_the_stored_results(tables, tmp_path):
     store(tmp_path, "mqar_figure2", preset="figure2", settings=settings, seconds=1500.0, absent={"performer": "none"}, rows=rows)
     twins = [twin_row("based", seed, length, 0.5 + 0.1 * seed) for seed in (0, 1) for length in (256, 512)]
     speeds = [speed("attention", 256, 900.0), speed("transformers_llama", 256, 200.0)]
-    store(tmp_path, "recall_twins", rows=[*twins, twin_row("attention", 0, 256, 0.9)], throughput=speeds, absent={})
+    absent = [{"model": "attention", "length": 8192, "way": "CUDA graphs", "reason": "OutOfMemoryError: too large"}]
+    store(tmp_path, "recall_twins", rows=[*twins, twin_row("attention", 0, 256, 0.9)], throughput=speeds, absent=absent)
     texts, missing = tables.sections(tmp_path)
     assert missing == [str(tmp_path / "mqar_figure2_quick" / "results.json")]
     assert "2 trainings on NVIDIA H200, torch 2.11.0" in texts["recall_figure2"]
@@ -93,7 +94,9 @@ def test_numbers_come_from_the_stored_results(tables, tmp_path):
     assert "3 trainings on NVIDIA H200" in texts["recall_twins"]
     assert "| BASED | 12,000,000 | 2 | 55.0 ± 7.1 | 55.0 ± 7.1 | 1.0 ± 0.0 |" in texts["recall_twins"]
     assert "| full attention | 12,000,000 | 1 | 90.0 |  | 1.0 |" in texts["recall_twins"]
+    assert "| BASED | 45.0 ± 7.1 | 45.0 ± 7.1 |" in texts["recall_twins"]
     assert "| model | held out documents: repeated | held out documents: all others |" in texts["recall_twins"]
     assert "| BASED | 2.50 ± 0.71 | 20.00 ± 0.00 |" in texts["recall_twins"]
     assert "| 256 | full attention | CUDA graphs | 1 MiB | 900 | 450 | 90.0 |" in texts["recall_throughput"]
     assert "| 256 | Llama of transformers | CUDA graphs | 1 MiB | 200 | 100 |  |" in texts["recall_throughput"]
+    assert "- full attention at 8,192 tokens, CUDA graphs: OutOfMemoryError: too large" in texts["recall_throughput"]

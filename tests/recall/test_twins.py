@@ -149,6 +149,10 @@ def test_training_in_bfloat16_keeps_float32_weights_and_learns():
     assert {w.master.dtype for w in trainer.weights} == {torch.float32}
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert run.losses[-1] < 0.7 * run.losses[0]
+    measured = validation_losses(model, rows, PAD)
+    trainer.release()
+    assert all(weights.master.untyped_storage().nbytes() == 0 for weights in trainer.weights)
+    assert validation_losses(model, rows, PAD) == measured  # the model has weights of its own
 
 
 def test_a_diverging_run_raises_and_names_the_step():
