@@ -1,6 +1,7 @@
 """What a training run leaves behind: the log, the loss curve and the final model, each written whole or not at all."""
 
 import copy
+import importlib.util
 import json
 import platform
 import warnings
@@ -28,6 +29,7 @@ def versions() -> dict[str, str]:
     return {
         "geobased": __version__,
         "torch": torch.__version__,
+        "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "absent",
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "python": platform.python_version(),

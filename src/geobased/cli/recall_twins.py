@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -48,6 +49,7 @@ def twins(
 
     Models have as many parameters and see the same tokens. A later call with the same settings does what is missing.
     """
+    started = time.perf_counter()  # before the imports, which take seconds
     if plot_only:
         _plot(output_dir)
         return
@@ -71,6 +73,7 @@ def twins(
         held_out_text=held_out_text or (),
         num_workers=num_workers or os.cpu_count() or 1,
         max_seconds=max_seconds,
+        started=started,
         throughput=throughput,
         keep_models=keep_models,
         # standard output is for the result
