@@ -171,7 +171,7 @@ def _token_kl(policy: Predictions, reference: Predictions, mask: torch.Tensor, d
     return divergence
 
 
-def predict(model: nn.Module, texts: SelectedTexts, chunked: bool) -> Predictions:
+def predict(model: Any, texts: SelectedTexts, chunked: bool) -> Predictions:
     """Predictions of an unwrapped causal language model or PEFT model at every position of `texts`."""
     inputs = {"input_ids": texts.input_ids, "attention_mask": texts.attention_mask, "use_cache": False}
     if not chunked:

@@ -60,7 +60,7 @@ class SuperHFTrainer(RLOOTrainer):
         RuntimeError: a reward function raised.
 
     Example:
-        >>> trainer = SuperHFTrainer(model, reward_funcs=reward, args=SuperHFConfig("out"), train_dataset=prompts)  # doctest: +SKIP
+        >>> trainer = SuperHFTrainer(model, reward, SuperHFConfig("out"), prompts, eval_reward_funcs=other)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
 
@@ -175,7 +175,7 @@ class SuperHFTrainer(RLOOTrainer):
         # dropout would make the samples those of another policy; vLLM has none and reads the mode
         if self.use_vllm:
             return super()._generate_single_turn(*arguments)
-        with _evaluating(self.model):
+        with _evaluating(self.model), _without_input_hook(self.model):
             return super()._generate_single_turn(*arguments)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -468,6 +468,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def _without_input_hook(model: Any) -> Iterator[None]:
+    """Takes gradient checkpointing's hook off the embeddings, which would keep BASED from its fast generation."""
+    hooked = isinstance(model, PreTrainedModel) and bool(getattr(model, "_require_grads_hooks", None))
+    if hooked:
+        model.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        # TRL switches checkpointing on again after generating, and with it the hook
+        if hooked and not model._require_grads_hooks:
+            model.enable_input_require_grads()
 
 
 @contextlib.contextmanager
