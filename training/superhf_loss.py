@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,8 +38,7 @@ class Predictions:
         return self.hidden_or_logits[mask.to(self.hidden_or_logits.device)]
 
 
-@dataclass(frozen=True)
-class LossTerms:
+class LossTerms(NamedTuple):
     """The loss, and what is logged of it: sums over a minibatch, detached."""
 
     loss: torch.Tensor

@@ -1,6 +1,7 @@
 """Which of a prompt's completions SuperHF trains on, and the checks of what reward functions return."""
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +49,21 @@ def trim_completion(text: str, stop_regex: str) -> str:
     """A completion up to the first match of `stop_regex`, without white space around it but for one leading character."""
     trimmed = re.split(stop_regex, text, maxsplit=1)[0].strip()
     return text[0] + trimmed if trimmed and text[0].isspace() else trimmed
+
+
+def check_reward_signature(function: Callable[..., Any], columns: Sequence[str]) -> None:
+    """Raises TypeError where `function` cannot be called with what TRL passes, `columns` of the data set included."""
+    passed: tuple[str, ...] = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+    passed += tuple(name for name in columns if name not in ("prompt", "completion", "completion_ids"))
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(passed))
+    except TypeError as error:
+        raise TypeError(
+            f"the reward function {get_callable_name(function)!r} cannot be called: {error}. It gets {', '.join(passed)} as "
+            "keywords: name those that it uses and add **kwargs for the rest"
+        ) from error
+    except ValueError:  # written in C, without a signature
+        pass
 
 
 def checked_reward_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,6 +132,7 @@ def _checked_rewards(name: str, completions: Sequence[Any], rewards: Any) -> lis
 
 __all__ = [
     "CompletionFilter",
+    "check_reward_signature",
     "checked_reward_function",
     "penalized_scores",
     "select_completions",

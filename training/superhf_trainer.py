@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from geobased.training.superhf_loss import Predictions, SelectedTexts, call_insi
 from geobased.training.superhf_metrics import distinct_n, meteor_name, meteor_similarity
 from geobased.training.superhf_selection import (
     CompletionFilter,
+    check_reward_signature,
     checked_reward_function,
     penalized_scores,
     select_completions,
@@ -101,10 +102,12 @@ class SuperHFTrainer(RLOOTrainer):
             raise TypeError(f"args must be a SuperHFConfig, not a {type(args).__name__}")
         if processing_class is not None:
             _check_tokenizer(processing_class)
+        _check_prompts(train_dataset, args)
         training, held_out = _as_list(reward_funcs), _as_list(eval_reward_funcs)
         if not training:
             raise ValueError("reward_funcs is empty: completions are selected by at least one reward function")
-        rewards = [_checked(function) for function in (*training, *held_out)]
+        columns = getattr(train_dataset, "column_names", None) or []
+        rewards = [_checked(function, columns) for function in (*training, *held_out)]
         weights = [1.0] * len(training) if args.reward_weights is None else list(args.reward_weights)
         if len(weights) != len(training):
             raise ValueError(f"reward_weights has {len(weights)} values for {len(training)} reward_funcs: give one for each")
@@ -140,6 +143,11 @@ class SuperHFTrainer(RLOOTrainer):
         self.completion_filter: CompletionFilter = _completion_filter(args)
         self._leave_forward_alone()
         self._num_generated = {"train": 0, "eval": 0}
+        if self.aux_loss_enabled:
+            logger.warning(
+                f"the load-balancing loss of {type(self.model).__name__} (router_aux_loss_coef={self.router_aux_loss_coef}) is "
+                "not part of the SuperHF loss: its experts are trained without it"
+            )
         if args.meteor_every:
             meteor_name()  # says at once whether synonyms count
         groups = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
@@ -186,6 +194,7 @@ class SuperHFTrainer(RLOOTrainer):
                 f"a batch of {len(inputs)} completions does not hold whole groups of {size} per process: set "
                 f"per_device_{mode}_batch_size to a multiple of {size}"
             )
+        self._check_reference()
         if "image" in inputs[0] or "images" in inputs[0]:
             raise ValueError("SuperHFTrainer trains on text: remove the columns image and images of the data set")
         prompts = [example["prompt"] for example in inputs]
@@ -302,21 +311,22 @@ class SuperHFTrainer(RLOOTrainer):
                 self._metrics[mode]["kl"].append(kl / kl_tokens)
         return loss.loss
 
+    def _check_reference(self) -> None:
+        if self.beta > 0 and self.ref_model is None and not is_peft_model(self.accelerator.unwrap_model(self.model)):
+            raise RuntimeError(
+                f"beta={self.beta} needs a reference, but the trainer has no ref_model and the model no adapter to disable: "
+                "set beta in SuperHFConfig before the trainer is made, or pass peft_config"
+            )
+
     def _uses_chunks(self, unwrapped: nn.Module) -> bool:
         return self.args.kl_chunked and _has_plain_head(unwrapped)
 
     @torch.no_grad()
     def _reference_predictions(self, texts: SelectedTexts, chunked: bool) -> Predictions:
-        """Raises RuntimeError where neither a copy nor an adapter is there."""
         if self.ref_model is not None:
             unwrapped = self.accelerator.unwrap_model(self.ref_model)
             return call_inside(self.ref_model, unwrapped, predict, unwrapped, texts, chunked)
         policy = self.accelerator.unwrap_model(self.model)
-        if not is_peft_model(policy):
-            raise RuntimeError(
-                f"beta={self.beta} needs a reference, but the trainer has no ref_model and the model no adapter to disable: "
-                "set beta in SuperHFConfig before the trainer is made, or pass peft_config"
-            )
         adapter = "ref" if "ref" in policy.peft_config else None
         with _evaluating(policy), use_adapter(policy, adapter_name=adapter):
             return call_inside(self.model, policy, predict, policy, texts, chunked)
@@ -406,11 +416,26 @@ def _as_list(functions: Any) -> list[Any]:
     return list(functions) if isinstance(functions, list | tuple) else [functions]
 
 
-def _checked(function: Any) -> Any:
+def _check_prompts(dataset: Any, args: SuperHFConfig) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"train_dataset has no column 'prompt', only {', '.join(columns)}: rename the one with the prompts")
+    needed = args.generation_batch_size // args.num_generations
+    # a streamed data set has no length
+    if hasattr(dataset, "__len__") and len(dataset) < needed:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} prompts, less than the {needed} of one generation of completions "
+            f"({args.generation_batch_size} completions, {args.num_generations} for each): lower per_device_train_batch_size or "
+            "gradient_accumulation_steps, or raise num_generations"
+        )
+
+
+def _checked(function: Any, columns: Sequence[str]) -> Any:
     if isinstance(function, str | nn.Module):
         return function
     if not callable(function):
         raise TypeError(f"a reward function must be a model, its path, or callable, not {function!r}")
+    check_reward_signature(function, columns)
     return checked_reward_function(function)
 
 

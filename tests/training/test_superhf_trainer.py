@@ -13,6 +13,7 @@ from trl import RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from geobased import BasedConfig, BasedForCausalLM
 from geobased.modeling_based import modeling_based
+from geobased.training.superhf_callbacks import RewardHackingCallback
 from geobased.training.superhf_config import SuperHFConfig
 from geobased.training.superhf_trainer import SuperHFTrainer
 
@@ -27,6 +28,10 @@ def length_reward(prompts, completions, **_):
 
 def vowels(prompts, completions, **_):
     return [float(sum(text.count(v) for v in "aeiou")) for text in completions]
+
+
+def narrow(prompts, completions):
+    return [0.0 for _ in completions]
 
 
 def prompts(count=8):
@@ -88,9 +93,7 @@ def test_trains_with_a_prior_that_is_zero_at_first(tiny_llama, mini_tokenizer, s
             assert (prompt, completion) in sampled or (prompt, completion[:-1]) in sampled
 
 
-def test_one_completion_without_prior_is_supervised_training_on_own_samples(
-    tiny_llama, mini_tokenizer, superhf_args, tmp_path
-):
+def test_one_completion_without_prior_is_supervised_training_on_own_samples(tiny_llama, mini_tokenizer, superhf_args, tmp_path):
     shared = {"max_grad_norm": 0.0, "weight_decay": 0.0, "lr_scheduler_type": "constant", "max_steps": 1}
     args = superhf_args(num_generations=1, per_device_train_batch_size=4, beta=0.0, **shared)
     ours = Recording(tiny_llama(), length_reward, args, prompts(), processing_class=mini_tokenizer)
@@ -302,6 +305,24 @@ def test_based_generates_within_training(mini_tokenizer, superhf_args, adapter, 
         assert ids == generated[text][: len(ids)]
 
 
+def test_stops_when_the_reward_is_exploited_and_follows_a_moving_reference(tiny_llama, mini_tokenizer, superhf_args):
+    callback = RewardHackingCallback(max_reward_gap=-1e9)
+    args = superhf_args(max_steps=5, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
+    trainer = SuperHFTrainer(
+        tiny_llama(),
+        length_reward,
+        args,
+        prompts(),
+        processing_class=mini_tokenizer,
+        callbacks=[callback],
+        eval_reward_funcs=vowels,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1 and len(callback.reasons) == 1
+    for value, other in zip(trainer.model.parameters(), trainer.ref_model.parameters(), strict=True):
+        assert torch.equal(value, other)
+
+
 def test_takes_the_place_of_rloo(tiny_llama, mini_tokenizer, superhf_args):
     for config_class, trainer_class in ((RLOOConfig, RLOOTrainer), (SuperHFConfig, SuperHFTrainer)):
         args = superhf_args(config_class, beta=0.0, max_steps=1, reward_weights=[1.0, 0.5])
@@ -327,17 +348,23 @@ def test_bad_arguments(tiny_llama, mini_tokenizer, superhf_args):
     with pytest.raises(TypeError, match="a reward function must be a model, its path, or callable, not 3"):
         SuperHFTrainer(tiny_llama(), 3, superhf_args(), data, processing_class=mini_tokenizer)
     with pytest.raises(ValueError, match="reward_weights has 2 values for 1 reward_funcs"):
-        SuperHFTrainer(
-            tiny_llama(), vowels, superhf_args(reward_weights=[1.0, 2.0]), data, processing_class=mini_tokenizer
-        )
+        SuperHFTrainer(tiny_llama(), vowels, superhf_args(reward_weights=[1.0, 2.0]), data, processing_class=mini_tokenizer)
     bare = type(mini_tokenizer).from_pretrained(mini_tokenizer.name_or_path)
     bare.eos_token = bare.pad_token = None
     with pytest.raises(ValueError, match=r"no end-of-sequence token and no padding token.*Set tokenizer\.eos_token"):
         SuperHFTrainer(tiny_llama(), length_reward, superhf_args(), data, processing_class=bare)
-    trainer = SuperHFTrainer(tiny_llama(), length_reward, superhf_args(), data, processing_class=mini_tokenizer)
+    with pytest.raises(TypeError, match=r"'narrow' cannot be called: got an unexpected keyword argument.*add \*\*kwargs"):
+        SuperHFTrainer(tiny_llama(), narrow, superhf_args(), data, processing_class=mini_tokenizer)
+    with pytest.raises(ValueError, match="no column 'prompt', only text"):
+        renamed = data.rename_column("prompt", "text")
+        SuperHFTrainer(tiny_llama(), length_reward, superhf_args(), renamed, processing_class=mini_tokenizer)
+    with pytest.raises(ValueError, match="1 prompts, less than the 2 of one generation"):
+        SuperHFTrainer(tiny_llama(), length_reward, superhf_args(), prompts(1), processing_class=mini_tokenizer)
+    trainer = Recording(tiny_llama(), length_reward, superhf_args(), data, processing_class=mini_tokenizer)
     trainer.ref_model = None
     with pytest.raises(RuntimeError, match=r"beta=0\.35 needs a reference, but the trainer has no ref_model"):
         trainer.train()
+    assert not trainer.generated
 
 
 def test_completions_that_are_all_empty_or_rewards_that_are_nan(tiny_llama, mini_tokenizer, superhf_args):
