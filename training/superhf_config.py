@@ -206,4 +206,4 @@ class SuperHFConfig(RLOOConfig):
         return getattr(chosen, "__name__", type(chosen).__name__) if callable(chosen) else chosen
 
 
-__all__ = ["MUKOBI_STOP_REGEX", "SuperHFConfig"]
+__all__ = ["COMPLETION_FILTERS", "MUKOBI_STOP_REGEX", "SuperHFConfig"]

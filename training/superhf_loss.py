@@ -174,7 +174,8 @@ def predict(model: Any, texts: SelectedTexts, chunked: bool) -> Predictions:
     """Predictions of an unwrapped causal language model or PEFT model at every position of `texts`."""
     inputs = {"input_ids": texts.input_ids, "attention_mask": texts.attention_mask, "use_cache": False}
     if not chunked:
-        return Predictions(model(**inputs).logits)
+        # prompt tuning puts virtual tokens before the text
+        return Predictions(model(**inputs).logits[:, -texts.input_ids.shape[1] :])
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.base_model(**inputs).last_hidden_state
     head = base.get_output_embeddings()

@@ -18,7 +18,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, nanstd, pad, use_adapter
 
-from geobased.training.superhf_config import SuperHFConfig
+from geobased.training.superhf_config import COMPLETION_FILTERS, SuperHFConfig
 from geobased.training.superhf_loss import Predictions, SelectedTexts, call_inside, predict, selected_texts, superhf_loss
 from geobased.training.superhf_metrics import distinct_n, meteor_name, meteor_similarity
 from geobased.training.superhf_selection import (
@@ -115,6 +115,7 @@ class SuperHFTrainer(RLOOTrainer):
         tokenizers += _tokenizers(eval_reward_processing_classes, held_out, "eval_reward_processing_classes")
 
         # TRL makes the reference from a path on disk; a model that was passed is copied instead
+        own_forward = None if isinstance(model, str) else vars(_base(model)).get("forward")
         copies = args.beta > 0 and not isinstance(model, str) and not is_peft_model(model) and peft_config is None
         reference = _copied(model, args.beta) if copies else None
         hidden = {"beta": 0.0, "sync_ref_model": False} if copies else {}
@@ -141,8 +142,13 @@ class SuperHFTrainer(RLOOTrainer):
         if reference is not None:
             self._set_reference(reference)
         self.completion_filter: CompletionFilter = _completion_filter(args)
-        self._leave_forward_alone()
+        self._restore_forward(own_forward)
         self._num_generated = {"train": 0, "eval": 0}
+        if args.kl_chunked and not _has_plain_head(self.model):
+            logger.warning(
+                f"kl_chunked: {type(_base(self.model)).__name__} has no plain linear head, or an adapter of virtual tokens; the "
+                "loss is computed from full logits"
+            )
         if self.aux_loss_enabled:
             logger.warning(
                 f"the load-balancing loss of {type(self.model).__name__} (router_aux_loss_coef={self.router_aux_loss_coef}) is "
@@ -170,13 +176,15 @@ class SuperHFTrainer(RLOOTrainer):
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
-    def _leave_forward_alone(self) -> None:
+    def _restore_forward(self, own_forward: Any) -> None:
         """Takes RLOO's head for log-probabilities off the policy, which this loss does not use.
 
         BASED's fast generation serves only models with their own forward pass.
         """
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        if not hasattr(base, "_hf_hook"):
+        base = _base(self.model)
+        if own_forward is not None:
+            base.forward = own_forward
+        elif not hasattr(base, "_hf_hook"):  # else split over devices while it was loaded
             vars(base).pop("forward", None)
 
     def _generate_single_turn(self, *arguments: Any) -> Any:
@@ -470,6 +478,8 @@ def _completion_filter(args: SuperHFConfig) -> CompletionFilter:
     chosen: Any = args.completion_filter
     if callable(chosen):
         return chosen
+    if chosen not in COMPLETION_FILTERS:
+        raise ValueError(f"completion_filter={chosen!r} names a function that was not stored: set it to the function again")
     return functools.partial(top_k_filter, top_k=args.top_k_completions, threshold=args.reward_threshold)
 
 
@@ -477,11 +487,14 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
+def _base(model: Any) -> Any:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
 def _has_plain_head(model: Any) -> bool:
-    base = model.get_base_model() if is_peft_model(model) else model
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         return False  # its virtual tokens enter through the adapter's own forward pass
-    return isinstance(base.get_output_embeddings(), nn.Linear)
+    return isinstance(_base(model).get_output_embeddings(), nn.Linear)
 
 
 @contextlib.contextmanager

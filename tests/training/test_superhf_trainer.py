@@ -1,5 +1,7 @@
+import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
@@ -261,6 +263,7 @@ def test_resumes_with_the_first_model_as_reference(tiny_llama, mini_tokenizer, s
     whole = run()
     resumed = run(f"{whole.args.output_dir}/checkpoint-2")
     assert [log["step"] for log in metrics(resumed)] == [1, 2, 3, 4]
+    assert "SuperHF" in Path(whole.args.output_dir, "README.md").read_text()
     for name in ("reward", "kl", "nll"):
         assert metrics(resumed)[-1][name] == pytest.approx(metrics(whole)[-1][name], rel=1e-4), name
     for value, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
@@ -299,6 +302,10 @@ def test_based_generates_within_training(mini_tokenizer, superhf_args, adapter, 
     assert len(served) == (0 if adapter else 2)
     assert metrics(trainer)[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert metrics(trainer)[1]["kl"] > 0
+    # the weights of the last step are those that it generates with
+    batch = mini_tokenizer(list(PROMPTS), padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    fast, model.fast_generation = model.eval().generate(**batch, max_new_tokens=6, do_sample=False), False
+    assert torch.equal(fast, model.generate(**batch, max_new_tokens=6, do_sample=False))
     # padded at the left, each prompt goes on as it does alone
     first_prompts, _, first_ids, _ = trainer.generated[0]
     for text, ids in zip(first_prompts, first_ids, strict=True):
@@ -321,6 +328,16 @@ def test_stops_when_the_reward_is_exploited_and_follows_a_moving_reference(tiny_
     assert trainer.state.global_step == 1 and len(callback.reasons) == 1
     for value, other in zip(trainer.model.parameters(), trainer.ref_model.parameters(), strict=True):
         assert torch.equal(value, other)
+
+
+def test_prompt_tuning_trains_from_full_logits(tiny_llama, mini_tokenizer, superhf_args, caplog):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = SuperHFTrainer(
+        tiny_llama(), length_reward, superhf_args(), prompts(), processing_class=mini_tokenizer, peft_config=config
+    )
+    assert "computed from full logits" in caplog.text
+    trainer.train()
+    assert all(log["nll"] > 0 and math.isfinite(log["kl"]) for log in metrics(trainer))
 
 
 def test_takes_the_place_of_rloo(tiny_llama, mini_tokenizer, superhf_args):
@@ -381,9 +398,11 @@ def test_completions_that_are_all_empty_or_rewards_that_are_nan(tiny_llama, mini
         trainer.train()
 
 
-def test_args_survive_a_checkpoint(superhf_args, tmp_path):
+def test_args_survive_a_checkpoint(tiny_llama, mini_tokenizer, superhf_args, tmp_path):
     args = superhf_args(completion_filter=lambda scores: scores > 0)
     assert json.loads(args.to_json_string())["completion_filter"] == "<lambda>"
     torch.save(args, tmp_path / "args.bin")
     assert torch.load(tmp_path / "args.bin", weights_only=False).completion_filter == "<lambda>"
     assert callable(args.completion_filter)
+    with pytest.raises(ValueError, match="completion_filter='<lambda>' names a function that was not stored"):
+        SuperHFTrainer(tiny_llama(), length_reward, copy.copy(args), prompts(), processing_class=mini_tokenizer)
