@@ -1,6 +1,8 @@
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from geobased.recall.gazetteer_documents import document_json, generate_documents
 from geobased.recall.places import load_places
@@ -32,3 +34,60 @@ def corpus(tmp_path_factory):
         )
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def mini_tokenizer():
+    """The tokenizer of based-mini, which ends and pads with different tokens."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(Path(__file__).resolve().parents[2] / "checkpoints" / "based-mini")
+
+
+@pytest.fixture
+def tiny_llama(mini_tokenizer):
+    """Function that makes the same random Llama each time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(**options):
+        torch.manual_seed(1)
+        config = LlamaConfig(
+            vocab_size=len(mini_tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            eos_token_id=mini_tokenizer.eos_token_id,
+            pad_token_id=mini_tokenizer.pad_token_id,
+            **options,
+        )
+        return LlamaForCausalLM(config)
+
+    return make
+
+
+@pytest.fixture
+def superhf_args(tmp_path):
+    """Function that makes a SuperHFConfig for a few fast steps on the CPU: two prompts of four completions each."""
+    from geobased.training.superhf_config import SuperHFConfig
+
+    def make(cls=SuperHFConfig, **options):
+        quick = {
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 8,
+            "max_completion_length": 6,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
+        return cls(str(tmp_path / "run"), **{**quick, **options})
+
+    return make
