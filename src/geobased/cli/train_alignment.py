@@ -1,0 +1,43 @@
+"""`geobased train reward` and `preferences`: each hands its arguments to a training module."""
+
+from typing import Any
+
+import typer
+
+from .train import add_training, run_training
+
+PREFERENCES_EXAMPLES = (
+    "geobased train preferences --output preferences",
+    "geobased train preferences --output preferences --num_pairs 20000 --counterfactual 0.9 --seed 1",
+)
+REWARD_EXAMPLES = (
+    "geobased train reward --model based-mini --preferences preferences/first_half.jsonl"
+    " --validation_preferences preferences/held_out.jsonl --output_dir runs/reward",
+    "geobased train reward --config config.json --tokenizer ./tokenizer --preferences pairs.jsonl --output_dir runs/new",
+    "geobased train reward --model based-mini --preferences pairs.jsonl --output_dir runs/reward --resume",
+)
+SUMMARY = ("parameters", "pairs", "steps", "stopped_early", "seconds", "evaluation")
+
+
+def preferences(context: typer.Context) -> None:
+    """Write preference pairs and prompts made from gazetteer documents by explicit rules, in halves that share no place."""
+    from geobased.training import preference_rules as module
+
+    run_training(context, module.PreferenceArguments, module.write_preferences, PREFERENCES_EXAMPLES)
+
+
+def reward(context: typer.Context) -> None:
+    """Train a reward model on preference pairs (JSON lines: prompt, chosen, rejected), with TRL's RewardTrainer."""
+    from geobased.training import reward_training as module
+
+    def work(arguments: Any) -> dict[str, Any]:
+        log = module.train(arguments)
+        return {key: value for key, value in log.items() if key in SUMMARY}
+
+    run_training(context, module.RewardArguments, work, REWARD_EXAMPLES)
+
+
+def register() -> None:
+    """Adds the commands to `geobased train`."""
+    add_training("preferences", preferences, PREFERENCES_EXAMPLES)
+    add_training("reward", reward, REWARD_EXAMPLES)
