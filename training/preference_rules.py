@@ -66,7 +66,7 @@ def names_no_other_place(prompt: str, completion: str, answer: str) -> float:
 
 
 def ends_the_line(prompt: str, completion: str, answer: str) -> float:
-    """1 if the completion is one line, ended by a full stop or a line break; 0.5 if further whole lines follow; 0 if it breaks off."""
+    """1 for one line, ended by a full stop or a line break; 0.5 if further whole lines follow; 0 if the completion breaks off."""
     if not completion.strip() or not completion.rstrip(" ").endswith((".", "\n")):
         return 0.0
     return 0.5 if "\n" in completion.strip() else 1.0
@@ -319,8 +319,8 @@ def write_preferences(arguments: PreferenceArguments) -> dict[str, Any]:
     """Write preference pairs and prompts as JSON lines; the same arguments give the same files.
 
     `first_half.jsonl` is for the reward model that filters, `second_half.jsonl` for its held-out twin: they share no town.
-    `held_out.jsonl` and `held_out_prompts.jsonl` are of towns that occur in none of the others. Prompts carry the columns "prompt"
-    and "answer" (for `rule_reward`).
+    `held_out.jsonl` and `held_out_prompts.jsonl` are of towns that occur in none of the others. Prompts carry the columns
+    "prompt" and "answer" (for `rule_reward`).
 
     Returns:
         the arguments, and the number of lines and of distinct towns that each file draws from.

@@ -75,8 +75,9 @@ def train(arguments: RewardArguments) -> dict[str, Any]:
         ValueError: arguments that do not fit each other, malformed or no pairs, all pairs longer than `max_length`.
 
     Example:
-        >>> train(RewardArguments(model="based-mini", preferences=["preferences/first_half.jsonl"],
-        ...                       validation_preferences=["preferences/held_out.jsonl"], output_dir="runs/reward"))  # doctest: +SKIP
+        >>> pairs, held_out = ["preferences/first_half.jsonl"], ["preferences/held_out.jsonl"]
+        >>> train(RewardArguments(model="based-mini", preferences=pairs, validation_preferences=held_out,
+        ...                       output_dir="runs/reward"))  # doctest: +SKIP
     """
     check_run_arguments(arguments, ["preferences", "output_dir"])
     if bool(arguments.model) == bool(arguments.config):
