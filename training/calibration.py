@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from geobased.geography.calibration import DEFAULT_BINS, expected_calibration_error, reliability_table
 from geobased.geography.evaluation import Estimate
-from geobased.recall.gazetteer_documents import format_value, generate_documents
+from geobased.recall.gazetteer_documents import format_value
 from geobased.recall.places import load_places
 from geobased.training.perplexity import window_losses
-from geobased.training.preference_rules import answer_prompts
+from geobased.training.preference_rules import gazetteer_prompts
 from geobased.whole_file import whole_file
 
 NORMALIZATIONS = ("none", "token", "byte")
@@ -114,8 +114,10 @@ def gazetteer_questions(
     rng = random.Random(f"calibration/{seed}")
     questions: list[MultipleChoice] = []
     # some fields have few values, as the side of the road has: such questions are passed over
-    documents = generate_documents(places, 4 * num_questions + 100, seed, max_words, max_records=max_records)
-    for item in answer_prompts(documents, rng):
+    items = gazetteer_prompts(
+        places, 4 * num_questions + 100, f"calibration/{seed}", max_words=max_words, max_records=max_records
+    )
+    for item in items:
         values = [*rng.sample(item.others, len(item.others))]
         values += [format_value(place, item.field) for place in rng.sample(places, 50)]
         others = [value for value in dict.fromkeys(values) if value != item.answer][: num_choices - 1]

@@ -302,17 +302,19 @@ class PreferenceArguments:
     counterfactual: float = field(default=0.5, metadata={"help": "share of documents whose towns have other towns' values"})
 
 
-def _prompts(arguments: PreferenceArguments, places: Sequence[Place], name: str, number: int) -> Iterator[AnswerPrompt]:
-    seed = int.from_bytes(hashlib.sha256(f"{arguments.seed}/{name}".encode()).digest()[:4], "big")
-    documents = generate_documents(
-        places,
-        number,
-        seed,
-        arguments.max_words,
-        max_records=arguments.max_records,
-        counterfactual=arguments.counterfactual,
-    )
-    return answer_prompts(documents, random.Random(seed))
+def gazetteer_prompts(
+    places: Sequence[Place],
+    num_prompts: int,
+    seed: str | int = 0,
+    *,
+    max_words: int = 100,
+    max_records: int = 6,
+    counterfactual: float = 0.0,
+) -> Iterator[AnswerPrompt]:
+    """Prompts from documents of these places (`generate_documents`, whose arguments and errors these are)."""
+    number = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+    documents = generate_documents(places, num_prompts, number, max_words, max_records=max_records, counterfactual=counterfactual)
+    return answer_prompts(documents, random.Random(number))
 
 
 def write_preferences(arguments: PreferenceArguments) -> dict[str, Any]:
@@ -344,7 +346,12 @@ def write_preferences(arguments: PreferenceArguments) -> dict[str, Any]:
     places["held_out_prompts"] = places["held_out"]
     report: dict[str, Any] = {**asdict(arguments), "files": {}}
     for name, number in numbers.items():
-        items = _prompts(arguments, places[name], name, number)
+        items = gazetteer_prompts(
+            *(places[name], number, f"{arguments.seed}/{name}"),
+            max_words=arguments.max_words,
+            max_records=arguments.max_records,
+            counterfactual=arguments.counterfactual,
+        )
         rows: Iterable[dict[str, Any]]
         if name.endswith("prompts"):
             rows = ({"prompt": item.prompt, "answer": item.answer} for item in items)
@@ -365,6 +372,7 @@ __all__ = [
     "answer_prompts",
     "answers_from_record",
     "ends_the_line",
+    "gazetteer_prompts",
     "half_of",
     "length_within_bounds",
     "names_no_other_place",

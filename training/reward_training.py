@@ -84,7 +84,7 @@ def train(arguments: RewardArguments) -> dict[str, Any]:
         raise ValueError("give either a model to start from (--model) or a configuration (--config)")
     if arguments.config and not arguments.tokenizer:
         raise ValueError("a configuration needs a tokenizer as well (--tokenizer)")
-    # trl reports every trainer's class to the Hub unless told otherwise
+    # TRL reports every trainer's class to the Hub unless told otherwise
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
@@ -136,10 +136,7 @@ def train(arguments: RewardArguments) -> dict[str, Any]:
         folder = Path(arguments.output_dir)  # type: ignore[arg-type]
         card = reward_card(folder.name, log)
         save_model_folder(final, [tokenizer], folder / FINAL_FOLDER, arguments.save_dtype, card=card)
-        if (folder / "README.md").exists():
-            # trl has put a card of its own beside the checkpoints
-            with whole_file(folder / "README.md") as temporary:
-                temporary.write_text(card, encoding="utf-8")
+        replace_card(folder, card)
         write_json(folder / LOG_FILE, log)
         plot_losses(trainer.state.log_history, folder / "loss.png")
     return log
@@ -169,6 +166,13 @@ def _initial_model(arguments: RewardArguments, tokenizer: PreTrainedTokenizerBas
     return AutoModelForSequenceClassification.from_config(config)
 
 
+def replace_card(folder: Path, card: str) -> None:
+    """Puts our card in the place of the one that TRL leaves beside its checkpoints, if it has."""
+    if (folder / "README.md").exists():
+        with whole_file(folder / "README.md") as temporary:
+            temporary.write_text(card, encoding="utf-8")
+
+
 def reward_card(name: str, log: dict[str, Any]) -> str:
     """The card of a reward model as Markdown, from what the run's log says."""
     arguments = log["arguments"]
@@ -186,4 +190,4 @@ def reward_card(name: str, log: dict[str, Any]) -> str:
     return str(card)
 
 
-__all__ = ["RewardArguments", "load_tokenizer", "reward_card", "train"]
+__all__ = ["LOG_FILE", "RewardArguments", "load_tokenizer", "replace_card", "reward_card", "train"]
