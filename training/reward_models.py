@@ -113,16 +113,16 @@ class RewardModelScorer:
 
     def encode(self, prompt: Text, completion: Text) -> list[int]:
         """Ids that are scored, at most `max_length` of them."""
-        if isinstance(prompt, str) != isinstance(completion, str):
-            raise ValueError("prompt and completion must both be texts or both be conversations")
-        if isinstance(prompt, str):
-            text, end = prompt + str(completion), str(self.tokenizer.eos_token)
+        encoding: Any
+        if isinstance(prompt, str) and isinstance(completion, str):
+            text, end = prompt + completion, str(self.tokenizer.eos_token)
             # verbose: it would warn of texts longer than the model's context, which are cut below
-            ids = self.tokenizer(text if text.endswith(end) else text + end, verbose=False)["input_ids"]
+            encoding = self.tokenizer(text if text.endswith(end) else text + end, verbose=False)
+        elif isinstance(prompt, list) and isinstance(completion, list):
+            encoding = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)
         else:
-            messages = prompt + list(completion)  # type: ignore[arg-type]
-            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]  # type: ignore[index]
-        return list(ids)[-self.max_length :]
+            raise ValueError("prompt and completion must both be texts or both be conversations")
+        return list(encoding["input_ids"])[-self.max_length :]
 
     @torch.inference_mode()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -148,7 +148,7 @@ class RewardModelScorer:
             return torch.nn.utils.rnn.pad_sequence(items, True, value, side).to(self.model.device)
 
         mask = fill([torch.ones_like(row) for row in tokens], 0)
-        inputs = {"input_ids": fill(tokens, int(self.tokenizer.pad_token_id)), "attention_mask": mask}  # type: ignore[arg-type]
+        inputs = {"input_ids": fill(tokens, int(self.tokenizer.pad_token_id)), "attention_mask": mask}
         if self.padding_side == "left" and "position_ids" in inspect.signature(self.model.forward).parameters:
             # absolute positions count from the first real token
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import TrainingArguments as TransformersArguments
 
@@ -84,8 +84,7 @@ def train(arguments: RewardArguments) -> dict[str, Any]:
         raise ValueError("give either a model to start from (--model) or a configuration (--config)")
     if arguments.config and not arguments.tokenizer:
         raise ValueError("a configuration needs a tokenizer as well (--tokenizer)")
-    # TRL reports every trainer's class to the Hub unless told otherwise
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    without_telemetry()
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -166,6 +165,13 @@ def _initial_model(arguments: RewardArguments, tokenizer: PreTrainedTokenizerBas
     return AutoModelForSequenceClassification.from_config(config)
 
 
+def without_telemetry() -> None:
+    """Keeps TRL from reporting each trainer to the Hub, unless the environment sets HF_HUB_DISABLE_TELEMETRY itself."""
+    # the variable is read when huggingface_hub is imported, which is long past
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
 def replace_card(folder: Path, card: str) -> None:
     """Puts our card in the place of the one that TRL leaves beside its checkpoints, if it has."""
     if (folder / "README.md").exists():
@@ -190,4 +196,4 @@ def reward_card(name: str, log: dict[str, Any]) -> str:
     return str(card)
 
 
-__all__ = ["LOG_FILE", "RewardArguments", "load_tokenizer", "replace_card", "reward_card", "train"]
+__all__ = ["LOG_FILE", "RewardArguments", "load_tokenizer", "replace_card", "reward_card", "train", "without_telemetry"]

@@ -20,7 +20,7 @@ from geobased.model_cards import card_from_template
 from geobased.training.artifacts import plot_losses, save_model_folder, versions, write_json
 from geobased.training.preference_rules import HALVES, gazetteer_prompts, preference_places
 from geobased.training.reward_models import RewardModelScorer
-from geobased.training.reward_training import LOG_FILE, load_tokenizer, replace_card
+from geobased.training.reward_training import LOG_FILE, load_tokenizer, replace_card, without_telemetry
 from geobased.training.run_control import FINAL_FOLDER, RunClock, check_run_arguments, checkpoint_to_resume
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class SuperHFRunArguments:
     reward_batch_size: int = field(default=16, metadata={"help": "texts that a reward model scores at a time"})
     reward_max_length: int = field(default=1024, metadata={"help": "tokens; reward models read the last ones of longer texts"})
     lora_rank: int = field(default=0, metadata={"help": "rank of a LoRA adapter; 0 trains all weights"})
-    lora_alpha: float = field(default=32.0, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapter"})
     lora_target_modules: list[str] = field(
         default_factory=list, metadata={"help": "names of the layers with an adapter; all linear ones but the head by default"}
@@ -88,19 +88,20 @@ def train(config: "SuperHFConfig", run: SuperHFRunArguments) -> dict[str, Any]:
         >>> train(SuperHFConfig("runs/superhf", num_generations=16), run)  # doctest: +SKIP
     """
     check_run_arguments(run, ["model", "reward"])
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    without_telemetry()
     from datasets import Dataset
 
     from geobased.training.superhf_trainer import SuperHFTrainer
 
-    checkpoint = checkpoint_to_resume(config.output_dir, run.resume)  # type: ignore[arg-type]
+    checkpoint = checkpoint_to_resume(config.output_dir, run.resume)
     prompts = _prompts(run.prompts, run.gazetteer_prompts, HALVES, config.seed)
     if not prompts:
         raise ValueError("no prompts to train on: give --prompts or --gazetteer_prompts")
     validation = _prompts(run.validation_prompts, run.gazetteer_validation_prompts, ("held_out",), config.seed)
     if config.eval_strategy != "no" and not validation:
         raise ValueError(f"eval_strategy={config.eval_strategy!r} needs --validation_prompts or --gazetteer_validation_prompts")
-    rewards, held_out = ([reward_function(name, run) for name in names] for names in (run.reward, run.held_out_reward))
+    rewards: list[Any] = [reward_function(name, run) for name in run.reward]
+    held_out: list[Any] = [reward_function(name, run) for name in run.held_out_reward]
     for function in (*rewards, *held_out):
         for part in filter(None, (prompts, validation)):
             check_columns(function, part)
@@ -139,7 +140,7 @@ def train(config: "SuperHFConfig", run: SuperHFRunArguments) -> dict[str, Any]:
         "versions": versions(),
     }
     if trainer.is_world_process_zero():
-        folder = Path(config.output_dir)  # type: ignore[arg-type]
+        folder = Path(config.output_dir)
         whole = copy.deepcopy(final).merge_and_unload() if run.lora_rank else final
         log |= {"parameters": sum(p.numel() for p in whole.parameters()), "config": whole.config.to_dict()}
         card = superhf_card(folder.name, log)
