@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 pytest.importorskip("trl")
 
@@ -73,22 +74,28 @@ def test_resumed_run_repeats_the_losses(corpus, preferences, straight, tmp_path)
     assert resumed["evaluation"]["margin"] == pytest.approx(log["evaluation"]["margin"], abs=1e-5)
 
 
-def test_based_language_model_becomes_a_reward_model(tiny_model_dir, preferences, corpus, tmp_path):
-    log = train(
-        arguments(
-            *(corpus, preferences, tmp_path / "based"),
-            config=None,
-            tokenizer=None,
-            model=str(tiny_model_dir),
-            max_length=2048,
-            max_steps=1,
-            eval_strategy="steps",
-            eval_steps=1,
-        )
-    )
+@pytest.mark.parametrize("conversations", [False, True])
+def test_based_language_model_becomes_a_reward_model(conversations, tiny_model_dir, preferences, corpus, tmp_path):
+    changes = {"config": None, "tokenizer": None, "model": str(tiny_model_dir), "max_length": 2048, "max_steps": 1}
+    if conversations:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+        tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        for name in ("first_half.jsonl", "held_out.jsonl"):
+            rows = [
+                {key: [{"role": roles[key], "content": pair[key]}] for key in roles}
+                for pair in read_preferences([preferences / name])
+            ]
+            (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        preferences, changes["tokenizer"] = tmp_path, str(tmp_path / "tokenizer")
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
+    log = train(arguments(corpus, preferences, tmp_path / "based", **changes, **evaluated))
     assert log["config"]["model_type"] == "based" and log["config"]["architectures"] == ["BasedForSequenceClassification"]
-    (trained,) = [entry["eval_accuracy"] for entry in log["history"] if "eval_accuracy" in entry]
-    assert trained == pytest.approx(log["evaluation"]["accuracy"], abs=0.05)
+    # the scorer reads the texts as TRL does
+    (found,) = [entry for entry in log["history"] if "eval_accuracy" in entry]
+    assert found["eval_accuracy"] == pytest.approx(log["evaluation"]["accuracy"])
+    assert found["eval_margin"] == pytest.approx(log["evaluation"]["margin"], abs=1e-4)
     assert f"started from {tiny_model_dir}" in (tmp_path / "based" / "final" / "README.md").read_text()
 
 
