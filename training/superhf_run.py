@@ -24,6 +24,7 @@ from geobased.training.reward_training import LOG_FILE, load_tokenizer, replace_
 from geobased.training.run_control import FINAL_FOLDER, RunClock, check_run_arguments, checkpoint_to_resume
 
 if TYPE_CHECKING:
+    from geobased.training.superhf_callbacks import RewardHackingCallback
     from geobased.training.superhf_config import SuperHFConfig
 
 RewardFunction = Callable[..., Any]
@@ -61,6 +62,12 @@ class SuperHFRunArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapter"})
     lora_target_modules: list[str] = field(
         default_factory=list, metadata={"help": "names of the layers with an adapter; all linear ones but the head by default"}
+    )
+    max_similarity: float | None = field(
+        default=None, metadata={"help": "stop once kept completions are so alike (METEOR, 0 to 1), as collapsed policies' are"}
+    )
+    max_gap_growth: float | None = field(
+        default=None, metadata={"help": "stop once the reward has risen by so much more than the held-out reward"}
     )
     save_dtype: str = field(default="float32", metadata={"help": "dtype of the final weights: bfloat16 or float32"})
     max_seconds: float | None = field(default=None, metadata={"help": "stop, and save, after so many seconds"})
@@ -108,6 +115,7 @@ def train(config: "SuperHFConfig", run: SuperHFRunArguments) -> dict[str, Any]:
     tokenizer = load_tokenizer(run.tokenizer or run.model)  # type: ignore[arg-type]
     set_seed(config.seed)
     clock = RunClock(run.max_seconds)
+    watch = _watch(run)
     trainer = SuperHFTrainer(
         model=_policy(run.model),  # type: ignore[arg-type]
         reward_funcs=rewards,
@@ -117,7 +125,7 @@ def train(config: "SuperHFConfig", run: SuperHFRunArguments) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=_adapter(run),
         eval_reward_funcs=held_out or None,
-        callbacks=[clock],
+        callbacks=[clock, *watch],
     )
     before = _evaluation(trainer) if validation else None
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -127,7 +135,8 @@ def train(config: "SuperHFConfig", run: SuperHFRunArguments) -> dict[str, Any]:
     final = trainer.accelerator.unwrap_model(trainer.model)
     log = {
         "steps": trainer.state.global_step,
-        "stopped_early": clock.stopped_early,
+        "stopped_early": clock.stopped_early or any(callback.reasons for callback in watch),
+        "stopped_because": [reason for callback in watch for reason in callback.reasons],
         "seconds": round(clock.seconds, 3),
         "prompts": len(prompts),
         "validation_prompts": len(validation),
@@ -234,6 +243,16 @@ def _policy(model: str) -> Any:
     source = checkpoint_path(model) if model in shipped_checkpoints() and not Path(model).is_dir() else model
     # mixed precision keeps float32 weights
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+
+def _watch(run: SuperHFRunArguments) -> list["RewardHackingCallback"]:
+    from geobased.training.superhf_callbacks import RewardHackingCallback
+
+    if run.max_gap_growth is not None and not run.held_out_reward:
+        raise ValueError("--max_gap_growth compares with a held-out reward: give --held_out_reward")
+    if run.max_similarity is None and run.max_gap_growth is None:
+        return []
+    return [RewardHackingCallback(max_similarity=run.max_similarity, max_gap_growth=run.max_gap_growth)]
 
 
 def _adapter(run: SuperHFRunArguments) -> Any:

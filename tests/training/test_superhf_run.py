@@ -108,6 +108,13 @@ def test_gazetteer_prompts_ask_for_held_out_places_in_validation_only(tiny_model
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").dtype.itemsize == 2
 
 
+def test_a_policy_whose_completions_are_too_alike_is_stopped(tiny_model_dir, prompts, tmp_path):
+    run = SuperHFRunArguments(str(tiny_model_dir), prompts=[str(prompts)], reward=[RULES], max_similarity=-1.0)
+    changes = {"per_device_train_batch_size": 4, "save_strategy": "no", "beta": 0.0, "meteor_every": 1}
+    log = train(settings(tmp_path / "run", **changes), run)
+    assert log["steps"] == 1 and log["stopped_early"] and "similarity" in log["stopped_because"][0]
+
+
 def test_rewards_are_models_or_functions(reward_dir, tmp_path, monkeypatch):
     run = SuperHFRunArguments(reward_batch_size=3, reward_max_length=50)
     scorer = reward_function(str(reward_dir), run)
@@ -147,6 +154,7 @@ def test_wrong_arguments_are_named(straight, prompts, tiny_model_dir, tmp_path):
         ({"model": None}, {}, ValueError, "--model is required"),
         ({"reward": []}, {}, ValueError, "--reward is required"),
         ({"prompts": []}, {}, ValueError, "no prompts to train on"),
+        ({"max_gap_growth": 0.1}, {}, ValueError, "give --held_out_reward"),
         ({"lora_rank": -1}, {}, ValueError, "lora_rank=-1"),
         ({"save_dtype": "int8"}, {}, ValueError, "save_dtype must be one of"),
         ({"prompts": [str(tmp_path / "plain.txt")]}, {}, ValueError, "needs the fields answer"),

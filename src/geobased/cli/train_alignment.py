@@ -24,7 +24,7 @@ SUPERHF_EXAMPLES = (
     " --reward geobased.training.preference_rules:rule_reward --output_dir runs/rules",
     "geobased train superhf --config superhf.yaml --resume",
 )
-SUPERHF_SUMMARY = ("parameters", "prompts", "steps", "stopped_early", "seconds", "before", "after")
+SUPERHF_SUMMARY = ("parameters", "prompts", "steps", "stopped_early", "stopped_because", "seconds", "before", "after")
 SUMMARY = ("parameters", "pairs", "steps", "stopped_early", "seconds", "evaluation")
 
 
