@@ -121,18 +121,29 @@ def total_score(scores: dict[str, float]) -> float:
     return sum(WEIGHTS[name] * score for name, score in scores.items())
 
 
-def rule_reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+def rule_reward(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[str],
+    log_metric: Callable[[str, float], None] | None = None,
+    **_: Any,
+) -> list[float]:
     """The rules as a reward function in TRL's form; the data need a column "answer", the value in the record.
 
     Args:
         prompts, completions: texts, or conversations as lists of messages.
         answer: of each prompt.
+        log_metric: gets each rule's mean score, such as "rules/ends_the_line"; TRL's trainers pass theirs.
 
     Returns:
         total scores, 0 to 1.
     """
     rows = zip(prompts, completions, answer, strict=True)
-    return [total_score(rule_scores(_text(prompt), _text(completion), value)) for prompt, completion, value in rows]
+    found = [rule_scores(_text(prompt), _text(completion), value) for prompt, completion, value in rows]
+    if log_metric is not None and found:
+        for name in RULES:
+            log_metric(f"rules/{name}", sum(scores[name] for scores in found) / len(found))
+    return [total_score(scores) for scores in found]
 
 
 def _text(item: Any) -> str:

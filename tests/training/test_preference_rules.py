@@ -56,6 +56,9 @@ def test_reward_is_the_weighted_mean_of_the_rules_for_texts_and_conversations():
     completions = [" 94,393\n", " 94,394\n"]
     rewards = rule_reward(prompts=[PROMPT] * 2, completions=completions, answer=["94,393"] * 2, completion_ids=None)
     assert rewards == pytest.approx([1, 1 - WEIGHTS["answers_from_record"]])
+    metrics = {}
+    rule_reward([PROMPT] * 2, completions, ["94,393"] * 2, log_metric=metrics.__setitem__)
+    assert metrics["rules/answers_from_record"] == 0.5 and metrics["rules/ends_the_line"] == 1
     conversations = [[{"role": "assistant", "content": text}] for text in completions]
     prompt = [{"role": "user", "content": PROMPT}]
     assert rule_reward(prompts=[prompt] * 2, completions=conversations, answer=["94,393"] * 2) == rewards

@@ -69,7 +69,7 @@ def test_run_leaves_a_model_with_card_and_log(straight, tiny_model_dir):
     folder, _, log = straight
     assert log["steps"] == 4 and log["prompts"] == log["validation_prompts"] == 4
     for part in (log["before"], log["after"]):
-        assert {"rewards/rewarder/mean", "rewards_held_out/rule_reward/mean"} <= part.keys()
+        assert {"rewards/rewarder/mean", "rewards_held_out/rule_reward/mean", "rules/ends_the_line"} <= part.keys()
     assert json.loads((folder / "training_log.json").read_text())["after"] == log["after"]
     trained, start = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "final", tiny_model_dir))
     assert any(not one.equal(other) for one, other in zip(trained.parameters(), start.parameters(), strict=True))
