@@ -45,6 +45,7 @@ def test_reward_model_filters_for_superhf_with_settings_of_a_file(geobased, pref
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 2,
         "max_completion_length": 4,
+        "generation_kwargs": {"min_new_tokens": 2},
         "learning_rate": "1e-3",
         "lr_scheduler_kwargs": {},
         "bf16": False,

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("trl")
@@ -18,6 +19,7 @@ RULES = "geobased.training.preference_rules:rule_reward"
 @pytest.fixture(scope="module")
 def reward_dir(tiny_model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewards") / "rewarder" / "final"
+    torch.manual_seed(0)  # of the head
     load_reward_model(str(tiny_model_dir)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
     return folder
@@ -37,8 +39,10 @@ def settings(output_dir, **changes):
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,
         "max_completion_length": 4,
+        # a random model may write nothing
+        "generation_kwargs": {"min_new_tokens": 2},
         "max_steps": 4,
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,
         "warmup_steps": 0,
         "logging_steps": 1,
         "save_strategy": "steps",
