@@ -14,13 +14,16 @@ DEFAULT_BINS = 15
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def reliability_table(confidences: "ArrayLike", correct: "ArrayLike", bins: int = DEFAULT_BINS) -> list[dict[str, Any]]:
+def reliability_table(
+    confidences: "ArrayLike", correct: "ArrayLike", bins: int = DEFAULT_BINS, *, adaptive: bool = False
+) -> list[dict[str, Any]]:
     """How often answers of each confidence are right.
 
     Args:
         confidences: [n] probabilities that the answers are right, by the model.
         correct: [n] whether they are.
         bins: number of bins of equal width over [0, 1].
+        adaptive: bins that hold about equally many answers instead; equal confidences are never parted.
 
     Returns:
         A row {"low", "high", "count", "confidence", "accuracy"} per bin that is not empty; means over its answers.
@@ -34,13 +37,19 @@ def reliability_table(confidences: "ArrayLike", correct: "ArrayLike", bins: int 
     if (values < 0).any() or (values > 1).any():
         raise ValueError(f"confidences must lie between 0 and 1, not {values.min():g} to {values.max():g}")
     # the upper edge belongs to the bin, as in Guo et al. 2017; 0 to the first one
-    index = np.clip(np.ceil(values * bins).astype(np.int64) - 1, 0, bins - 1)
-    counts = np.bincount(index, minlength=bins)
-    sums = [np.bincount(index, weights=column, minlength=bins) for column in (values, hits)]
+    if adaptive:
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1), method="lower"))
+        edges = edges if len(edges) > 1 else np.array([0.0, edges[0]])
+        index = np.clip(np.searchsorted(edges, values) - 1, 0, len(edges) - 2)
+    else:
+        edges = np.arange(bins + 1) / bins
+        index = np.clip(np.ceil(values * bins).astype(np.int64) - 1, 0, bins - 1)
+    counts = np.bincount(index, minlength=len(edges) - 1)
+    sums = [np.bincount(index, weights=column, minlength=len(counts)) for column in (values, hits)]
     return [
         {
-            "low": i / bins,
-            "high": (i + 1) / bins,
+            "low": float(edges[i]),
+            "high": float(edges[i + 1]),
             "count": int(counts[i]),
             "confidence": float(sums[0][i] / counts[i]),
             "accuracy": float(sums[1][i] / counts[i]),
@@ -49,7 +58,9 @@ def reliability_table(confidences: "ArrayLike", correct: "ArrayLike", bins: int 
     ]
 
 
-def expected_calibration_error(confidences: "ArrayLike", correct: "ArrayLike", bins: int = DEFAULT_BINS) -> float:
+def expected_calibration_error(
+    confidences: "ArrayLike", correct: "ArrayLike", bins: int = DEFAULT_BINS, *, adaptive: bool = False
+) -> float:
     """Mean distance between confidence and accuracy over bins, weighted by their counts (Guo et al. 2017, equation 3).
 
     Takes and raises what `reliability_table` does.
@@ -58,7 +69,7 @@ def expected_calibration_error(confidences: "ArrayLike", correct: "ArrayLike", b
         >>> round(expected_calibration_error([0.9, 0.9], [True, False]), 6)
         0.4
     """
-    table = reliability_table(confidences, correct, bins)
+    table = reliability_table(confidences, correct, bins, adaptive=adaptive)
     total = sum(row["count"] for row in table)
     return sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in table) / total
 

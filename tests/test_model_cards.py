@@ -13,7 +13,7 @@ import geobased
 from geobased.model_cards import card_from_template, template_path
 
 DATA = ModelCardData(license="apache-2.0", library_name="geobased", tags=["based"])
-NAMES = ("based", "geolocalization")
+NAMES = ("based", "geolocalization", "reward", "superhf")
 
 
 def shipped_json(checkpoint: str, name: str) -> dict:
@@ -102,5 +102,7 @@ def test_what_is_missing_or_misspelt_is_named(based):
     del based["parameters"]
     with pytest.raises(ValueError, match="'based' needs parameters as well"):
         card_from_template("based", DATA, **based)
-    with pytest.raises(ValueError, match="no model card template is named 'pigeon'; there are: based, geolocalization"):
+    with pytest.raises(
+        ValueError, match="no model card template is named 'pigeon'; there are: based, geolocalization, reward, superhf"
+    ):
         template_path("pigeon")

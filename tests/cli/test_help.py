@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import geobased as package
 COMMANDS = (
     *("generate", "locate", "evaluate", "convert", "export", "push", "doctor", "recall gazetteer", "recall mqar"),
     *("recall gazetteer-benchmark", "recall repeated-bigrams", "recall lm-eval", "recall lm-eval-tasks", "recall twins"),
+    *("recall calibration", "train preferences", "train reward"),
+    pytest.param("train superhf", marks=pytest.mark.skipif(find_spec("trl") is None, reason="its settings are those of TRL")),
     *("train lm", "train streetclip", "train pigeon", "train pigeon-embeddings", "demo generation", "demo geolocalization"),
 )
 START = (sys.executable, "-m", "geobased_command")

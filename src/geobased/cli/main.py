@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from . import conversion, demo, doctor, evaluate, generate, locate, push, recall, train, train_geolocation
+from . import conversion, demo, doctor, evaluate, generate, locate, push, recall, train, train_alignment, train_geolocation
 from .errors import ClearErrorsGroup
 from .options import EXIT_CODES, add_command, show_help
 
@@ -44,6 +44,7 @@ add_command(app, "convert", conversion.convert, conversion.CONVERT_EXAMPLES, LAN
 add_command(app, "export", conversion.export, conversion.EXPORT_EXAMPLES, LANGUAGE)
 add_command(app, "locate", locate.locate, locate.EXAMPLES, PLACES)
 add_command(app, "evaluate", evaluate.evaluate, evaluate.EXAMPLES, PLACES)
+train_alignment.register()
 train_geolocation.register()
 app.add_typer(train.app, name="train", epilog=EXIT_CODES, rich_help_panel=BOTH)
 app.add_typer(demo.app, name="demo", epilog=EXIT_CODES, rich_help_panel=BOTH)

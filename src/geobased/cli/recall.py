@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import recall_benchmark, recall_mqar
+from . import recall_benchmark, recall_calibration, recall_mqar
 from .errors import CommandError
 from .options import Debug, Device, Json, Model, add_command, show_help
 from .recall_twins import add_twins
@@ -95,6 +95,7 @@ add_command(app, "gazetteer", gazetteer, EXAMPLES)
 add_command(app, "mqar", recall_mqar.mqar, recall_mqar.EXAMPLES)
 add_command(app, "gazetteer-benchmark", recall_benchmark.gazetteer_benchmark, recall_benchmark.BENCHMARK_EXAMPLES)
 add_command(app, "repeated-bigrams", recall_benchmark.repeated_bigrams, recall_benchmark.BIGRAMS_EXAMPLES)
+add_command(app, "calibration", recall_calibration.calibration, recall_calibration.EXAMPLES)
 add_command(app, "lm-eval", recall_benchmark.run_harness, recall_benchmark.HARNESS_EXAMPLES)
 add_command(app, "lm-eval-tasks", recall_benchmark.lm_eval_tasks, recall_benchmark.TASKS_EXAMPLES)
 add_twins(app)

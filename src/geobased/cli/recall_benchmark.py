@@ -22,6 +22,7 @@ BENCHMARK_EXAMPLES = (
 )
 HARNESS_EXAMPLES = (
     "geobased recall lm-eval --tasks geobased_gazetteer_256,geobased_gazetteer_512 --limit 50",
+    "geobased recall lm-eval --model runs/superhf/final --before based-mini --tasks arc_easy,truthfulqa_mc2",
     "geobased recall lm-eval --model hazyresearch/based-360m --tasks based_swde,based_fda,based_squad --max-length 2048",
 )
 TASKS_EXAMPLES = (
@@ -145,6 +146,9 @@ def run_harness(
     tasks: Annotated[
         str, typer.Option(help="Names or tags, of the harness or of `geobased recall lm-eval-tasks --json`.")
     ] = "geobased_gazetteer",
+    before: Annotated[
+        str | None, typer.Option(help="Another model to run first, such as the one that training began with.")
+    ] = None,
     num_examples: Annotated[int, typer.Option(min=1, help="Contexts that each geobased_gazetteer task has.")] = 250,
     seed: Annotated[int, typer.Option(help="Of these contexts.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Run the first examples only.", show_default=False)] = None,
@@ -163,30 +167,115 @@ def run_harness(
     """
     if output is not None and not output.absolute().parent.is_dir():
         raise CommandError(f"{output} cannot be written: there is no folder {output.parent}")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     parse_dtype(dtype)
-    place, source = parse_device(device), resolve_model(model)
+    place, names = parse_device(device), [name.strip() for name in tasks.split(",")]
+    reports = {}
+    for name in [before, model] if before else [model]:
+        reports[name] = harness_report(
+            name,
+            names,
+            place=place,
+            dtype=dtype,
+            num_examples=num_examples,
+            seed=seed,
+            limit=limit,
+            max_length=max_length,
+            batch_size=batch_size,
+            log_samples=output is not None,
+        )
+    numbers: dict[str, Any] = {"model": model, **_harness_numbers(reports[model])}
+    samples = {**numbers, "samples": reports[model].get("samples")}
+    if before:
+        differences = harness_differences(reports[before], reports[model])
+        numbers |= {"before": {"model": before, **_harness_numbers(reports[before])}, "differences": differences}
+        samples |= {key: numbers[key] for key in ("before", "differences")}
+        samples["before"] = {**samples["before"], "samples": reports[before].get("samples")}
+    if output is not None:
+        with whole_file(output) as temporary:
+            temporary.write_text(json.dumps(samples, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    if json_output:
+        print(json.dumps(numbers, default=str))
+        return
+    if before:
+        print(f"{before}\n{make_table(reports[before])}\n{model}")
+    print(make_table(reports[model]))
+    if before:
+        print("\n".join(_difference_rows(numbers["differences"])))
+
+
+def harness_report(
+    model: str,
+    tasks: list[str],
+    *,
+    place: Any,
+    dtype: str = "auto",
+    num_examples: int = 250,
+    seed: int = 1,
+    limit: int | None = None,
+    max_length: int = 8240,
+    batch_size: int = 8,
+    log_samples: bool = False,
+) -> dict[str, Any]:
+    """What lm-evaluation-harness reports of a model on tasks, geobased's own among them."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    source = resolve_model(model)
     tokenizer = load_tokenizer(model, source)
     loaded = load_model(model, source, dtype, place)
     metadata = {"pretrained": source, "num_examples": num_examples, "seed": seed}
     manager = TaskManager(include_path=str(_tasks_folder()), metadata=metadata)
-    names = [name.strip() for name in tasks.split(",")]
-    unknown = [name for name in names if not manager.match_tasks([name])]
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise CommandError(f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; `lm_eval ls tasks` lists its own")
     with quiet_transformers():
         wrapped = HFLM(pretrained=loaded, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
-        report = simple_evaluate(model=wrapped, tasks=names, task_manager=manager, limit=limit, log_samples=output is not None)
-    numbers = {"model": model, "results": report["results"], "versions": report["versions"], "n-samples": report["n-samples"]}
-    if output is not None:
-        with whole_file(output) as temporary:
-            samples = {**numbers, "samples": report["samples"]}
-            temporary.write_text(json.dumps(samples, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    print(json.dumps(numbers, default=str) if json_output else make_table(report))
+        return simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, limit=limit, log_samples=log_samples)
+
+
+def _harness_numbers(report: dict[str, Any]) -> dict[str, Any]:
+    return {key: report[key] for key in ("results", "versions", "n-samples")}
+
+
+def harness_differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """By task and metric: both values, their difference, and its standard error if the two were measured independently.
+
+    The examples are the same, so the error of the difference is as a rule smaller than that.
+    """
+    differences: dict[str, dict[str, dict[str, float | None]]] = {}
+    for task, results in after["results"].items():
+        earlier = before["results"].get(task, {})
+        for key, value in results.items():
+            name, _, filtered = key.partition(",")
+            if name.endswith("_stderr") or not isinstance(value, int | float) or not isinstance(earlier.get(key), int | float):
+                continue
+            if not filtered:
+                continue  # counts, which belong to no metric
+            error_key = f"{name}_stderr,{filtered}"
+            errors = [part.get(error_key) for part in (earlier, results)]
+            numeric = all(isinstance(error, int | float) for error in errors)
+            differences.setdefault(task, {})[key] = {
+                "before": earlier[key],
+                "after": value,
+                "difference": value - earlier[key],
+                "standard_error": math.hypot(*errors) if numeric else None,
+            }
+    return differences
+
+
+def _difference_rows(differences: dict[str, dict[str, dict[str, float | None]]]) -> list[str]:
+    rows = ["difference (standard error)"]
+    for task, metrics in differences.items():
+        for metric, entry in metrics.items():
+            error = "" if entry["standard_error"] is None else f" ({entry['standard_error']:.4f})"
+            rows.append(
+                f"  {task} {metric.partition(',')[0]}: {entry['before']:.4f} to {entry['after']:.4f},"
+                f" {entry['difference']:+.4f}{error}"
+            )
+    return rows
 
 
 def repeated_bigrams(

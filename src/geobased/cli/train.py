@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -32,11 +33,17 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 def run_training(
     context: typer.Context,
-    arguments_class: type,
-    work: Callable[[Any], dict[str, Any]],
+    arguments_class: type | tuple[type, ...],
+    work: Callable[..., dict[str, Any]],
     examples: tuple[str, ...],
+    *,
+    settings_file: bool = False,
+    defaults: tuple[str, ...] = (),
 ) -> None:
     """Reads the command's arguments into `arguments_class`, calls `work`, and prints what it returns.
+
+    Of several classes `work` gets one object each. With `settings_file` there is an option --config: a YAML file of arguments,
+    which those of the command line override. `defaults` are arguments that both override.
 
     With `--json` that is one JSON document; everything that the training itself prints goes to standard error.
     """
@@ -54,16 +61,48 @@ def run_training(
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON document on standard output.")
-    if "debug" not in {field.name for field in dataclasses.fields(arguments_class)}:
+    classes = arguments_class if isinstance(arguments_class, tuple) else (arguments_class,)
+    if "debug" not in {field.name for part in classes for field in dataclasses.fields(part)}:
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    arguments, shared, unknown = parser.parse_args_into_dataclasses(args=context.args, return_remaining_strings=True)
+    words = list(context.args)
+    if settings_file:
+        parser.add_argument("--config", help="YAML file of these arguments; those of the command line override it.")
+        words = _with_settings(words, context.command_path)
+    words = [*defaults, *words]
+    *arguments, shared, unknown = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
     if unknown:
         raise CommandError(f"No such option or argument: {unknown[0]} (see `{context.command_path} --help`)")
     with contextlib.redirect_stdout(sys.stderr):
-        result = work(arguments)
+        result = work(*arguments)
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes one prints
     print(json.dumps(result, ensure_ascii=False) if shared.json else "\n".join(_lines(result)))
+
+
+def _with_settings(words: list[str], command: str) -> list[str]:
+    """The arguments of the file after --config, if there is one, before those of the command line."""
+    place = next((i for i, word in enumerate(words) if word == "--config" or word.startswith("--config=")), None)
+    if place is None:
+        return words
+    named = words[place].partition("=")[2] or next(iter(words[place + 1 :]), "")
+    path = Path(named)
+    if not path.is_file():
+        raise CommandError(f"--config: there is no file {named!r} (see `{command} --help`)")
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CommandError(f"{path} is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise CommandError(f"{path} must hold names and values, such as `model: based-mini`")
+    found: list[str] = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        found += [f"--{name}", *map(str, values)] if values else []
+    return [*found, *words]
 
 
 def _lines(result: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """Templates of model cards, in Markdown and Jinja2; the top of each file lists its variables.
 
-`based.md` is for language models, `geolocalization.md` for PIGEON, StreetCLIP and other CLIPs. Fill them from a model's
+`based.md` is for BASED language models, `geolocalization.md` for PIGEON, StreetCLIP and other CLIPs, `reward.md` and
+`superhf.md` for what `geobased train reward` and `superhf` train. Fill them from a model's
 config.json and from what `geobased train` and `geobased evaluate` write:
 
     card_from_template("geolocalization", ModelCardData(license="apache-2.0"), model_name=..., repo_id=..., config=..., ...)
@@ -34,7 +35,7 @@ def card_from_template(name: str, card_data: ModelCardData, **variables: Any) ->
     Unlike `ModelCard.from_template` it leaves no gap where a variable is missing or misspelt.
 
     Args:
-        name: "based" or "geolocalization".
+        name: "based", "geolocalization", "reward" or "superhf".
         card_data: metadata at the top of the card: license, tags, datasets and so on.
         variables: those that the top of the template lists.
 
