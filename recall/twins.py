@@ -208,6 +208,9 @@ def run_twins(
     device, folder = torch.device(device), Path(output_dir)
     for name in models:
         twin_config(name, settings, tokenizer)  # an unknown name had better be known now
+    for path in (*text, *held_out_text):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such text file: {path}")
     results = _open_results(folder, settings, text, held_out_text)
     before = results["seconds"]
 

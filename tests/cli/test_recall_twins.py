@@ -43,5 +43,5 @@ def test_errors_name_the_value(fails, tiny_preset, tmp_path):
         "recall", "twins", "--preset", "large", "--output-dir", tmp_path
     )
     assert "there is no twin 'mamba'" in fails("recall", "twins", "--output-dir", tmp_path, "--model", "mamba")
-    assert "no such training file" in fails("recall", "twins", "--output-dir", tmp_path, "--text", tmp_path / "missing.txt")
+    assert "no such text file" in fails("recall", "twins", "--output-dir", tmp_path, "--text", tmp_path / "missing.txt")
     assert "train the twins first" in fails("recall", "twins", "--plot-only", "--output-dir", tmp_path)
