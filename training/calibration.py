@@ -21,6 +21,7 @@ from geobased.recall.gazetteer_documents import format_value
 from geobased.recall.places import load_places
 from geobased.training.perplexity import window_losses
 from geobased.training.preference_rules import gazetteer_prompts
+from geobased.training.text_files import numbered_lines
 from geobased.whole_file import whole_file
 
 NORMALIZATIONS = ("none", "token", "byte")
@@ -69,14 +70,7 @@ def read_multiple_choice(path: str | Path) -> list[MultipleChoice]:
         FileNotFoundError: no such file.
         ValueError: an empty file or a malformed line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file of questions: {path}")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    questions = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
-        raise ValueError(f"{path} is empty")
-    return questions
+    return [_parse(line, where) for where, line in numbered_lines(path, "questions")]
 
 
 def _parse(line: str, where: str) -> MultipleChoice:

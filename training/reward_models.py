@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from geobased.checkpoints import checkpoint_path, shipped_checkpoints
+from geobased.training.text_files import numbered_lines
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Message = dict[str, str]
@@ -189,14 +190,8 @@ def read_preferences(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
         ValueError: an empty file, a malformed line, or texts and conversations mixed.
     """
     pairs: list[dict[str, Any]] = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file of preferences: {path}")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [_preference(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-        if not rows:
-            raise ValueError(f"{path} is empty")
-        pairs += rows
+    for path in paths:
+        pairs += [_preference(line, where) for where, line in numbered_lines(path, "preferences")]
     if len({isinstance(pair["prompt"], str) for pair in pairs}) > 1:
         raise ValueError("some preferences are texts and some are conversations: give one kind")
     return pairs

@@ -22,6 +22,7 @@ from geobased.training.preference_rules import HALVES, gazetteer_prompts, prefer
 from geobased.training.reward_models import RewardModelScorer
 from geobased.training.reward_training import LOG_FILE, load_tokenizer, replace_card, without_telemetry
 from geobased.training.run_control import FINAL_FOLDER, RunClock, check_run_arguments, checkpoint_to_resume
+from geobased.training.text_files import numbered_lines
 
 if TYPE_CHECKING:
     from geobased.training.superhf_callbacks import RewardHackingCallback
@@ -169,24 +170,18 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: no such file.
         ValueError: an empty file or a malformed line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file of prompts: {path}")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise ValueError(f"{path} is empty")
-    if path.suffix not in (".jsonl", ".json"):
+    numbered = numbered_lines(path, "prompts")
+    if Path(path).suffix not in (".jsonl", ".json"):
         return [{"prompt": line} for _, line in numbered]
     rows = []
-    for number, line in numbered:
+    for where, line in numbered:
         try:
             row = json.loads(line)
             valid = bool(row["prompt"]) and isinstance(row["prompt"], str | list)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}:{number}: expected {{"prompt": …}}: {error!r}') from error
+            raise ValueError(f'{where}: expected {{"prompt": …}}: {error!r}') from error
         if not valid:
-            raise ValueError(f"{path}:{number}: the prompt must be a text or a list of messages, not {row['prompt']!r}")
+            raise ValueError(f"{where}: the prompt must be a text or a list of messages, not {row['prompt']!r}")
         rows.append(row)
     return rows
 

@@ -52,6 +52,26 @@ def parse_document(line: str, where: str = "document") -> Document:
     return Document(text, answers)
 
 
+def numbered_lines(path: str | Path, content: str) -> list[tuple[str, str]]:
+    """Where each line of a file stands, as "path:number", and the line; blank lines are left out.
+
+    Args:
+        content: what the file holds, for the message of an error.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no line that is not blank.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file of {content}: {path}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"{path} is empty")
+    return numbered
+
+
 def read_documents(path: str | Path) -> Iterator[Document]:
     """Documents of a JSON-lines file, one by one.
 
@@ -70,4 +90,4 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         raise ValueError(f"{path} is empty")
 
 
-__all__ = ["Document", "parse_document", "read_documents", "read_text"]
+__all__ = ["Document", "numbered_lines", "parse_document", "read_documents", "read_text"]
