@@ -7,18 +7,6 @@ from typing import Any
 from .modeling_mqar import MQARConfig
 from .mqar import FIGURE2_TEST, FIGURE2_TRAIN, Segment
 
-# family -> what it is; the order is that of tables and legends
-FAMILIES = {
-    "based": "convolution, Taylor linear attention",
-    "based_window": "convolution, sliding window, Taylor linear attention",
-    "attention": "convolution, attention",
-    "sliding_window": "convolution, sliding window",
-    "linear_attention": "Taylor linear attention alone, two layers",
-    "window_alone": "sliding window alone, two layers",
-    "convolution": "convolution alone, two layers",
-    "mamba2": "Mamba-2, two layers or after a convolution",
-    "gated_deltanet": "Gated DeltaNet, two layers or after a convolution",
-}
 # Mamba-2's is the published one; as many values as channels let Gated DeltaNet's states be as small as BASED's
 EXPAND = {"mamba2": 2, "gated_deltanet": 1}
 # families that wait for mixers which this package does not have
@@ -183,4 +171,4 @@ PRESETS = {
     )
 }
 
-__all__ = ["ABSENT", "FAMILIES", "PRESETS", "Configuration", "Preset"]
+__all__ = ["ABSENT", "PRESETS", "Configuration", "Preset"]

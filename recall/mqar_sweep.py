@@ -23,7 +23,7 @@ from geobased.training.artifacts import versions, write_json
 
 from .mqar import Examples, Segment, generate_examples, segment_seeds
 from .mqar_presets import ABSENT, PRESETS, Configuration, Preset
-from .mqar_training import TrainedModel, TrainingSettings, query_accuracy, train_cohort
+from .mqar_training import TrainedModel, TrainingSettings, on_device, query_accuracy, train_cohort
 from .state_size import state_bytes
 
 REFERENCE_SEED = 123  # zoology's, of which the first seed's examples are drawn
@@ -32,7 +32,7 @@ DEFAULT_WORKERS = 4  # per GPU: while one compiles kernels, the others train
 
 # of a worker process
 _device = torch.device("cpu")
-_examples: dict[int, tuple[list[Examples], list[Examples], list[Examples]]] = {}
+_examples: dict[int, tuple[list[Examples], ...]] = {}
 
 
 def load_preset(name: str) -> Preset:
@@ -165,7 +165,9 @@ def train_configuration(
         missing = [rate for rate, path in zip(rates, paths, strict=True) if not path.exists()]
         if missing and (deadline is None or time.monotonic() < deadline):
             if seed not in _examples:
-                (_examples[seed],) = load_examples(preset, [seed], cache)
+                # copied to the device once, for all cohorts
+                parts = load_examples(preset, [seed], cache)[0]
+                _examples[seed] = tuple([on_device(examples, _device) for examples in part] for part in parts)
             train_set, validation, test = _examples[seed]
             config = configuration.model_config(preset.vocab_size)
             settings = TrainingSettings(missing[0], preset.epochs, preset.batch_size, seed=seed, precision=preset.precision)

@@ -66,7 +66,7 @@ class TrainedModel:
         return not all(map(math.isfinite, self.training_loss))
 
 
-def _on_device(examples: Examples, device: torch.device) -> Examples:
+def on_device(examples: Examples, device: torch.device) -> Examples:
     """Compact copies: token ids and positions in 16 bits where they fit."""
     small = int(max(examples.inputs.max(), examples.targets.max())) < 2**15 and examples.inputs.shape[1] < 2**15
     dtype = torch.int16 if small else torch.int32
@@ -87,12 +87,11 @@ def query_accuracy(model: MQARForCausalLM, examples: Examples, precision: str = 
     model.eval()
     right = torch.zeros((), dtype=torch.float64, device=device)
     for first in range(0, len(examples.inputs), rows):
-        parts = (examples.inputs, examples.query_positions, examples.targets)
-        inputs, positions, targets = (part[first : first + rows].to(device).long() for part in parts)
+        batch = examples[first : first + rows].to(device)
         with _autocast(device, precision):
-            hidden_states = model.hidden_states(inputs, positions)
+            hidden_states = model.hidden_states(batch.inputs.long(), batch.query_positions.long())
         predicted = model.lm_head(hidden_states.float()).argmax(-1)
-        right += (predicted == targets).double().mean(1).sum()
+        right += (predicted == batch.targets).double().mean(1).sum()
     model.train(was_training)
     return right.item() / len(examples.inputs)
 
@@ -130,9 +129,8 @@ class _Run:
         self.graphs = self._capture() if cuda else []
 
     def _train_step(self, segment: int) -> None:
-        examples, rows = self.train[segment], self.row + self.batch_rows
-        parts = (examples.inputs, examples.query_positions, examples.targets)
-        inputs, positions, targets = (part[rows].long() for part in parts)
+        batch = self.train[segment][self.row + self.batch_rows]
+        inputs, positions, targets = batch.inputs.long(), batch.query_positions.long(), batch.targets.long()
         with _autocast(self.device, self.settings.precision):
             loss = self.model(inputs, labels=targets, query_positions=positions).loss
         self.optimizer.zero_grad(set_to_none=True)
@@ -280,8 +278,8 @@ def train_cohort(
     if len({settings.batch_size for _, settings in runs}) != 1:
         raise ValueError("a cohort needs one or more runs of one batch size")
     started = time.monotonic()
-    train = [_on_device(examples, device) for examples in train]
-    validation = [_on_device(examples, device) for examples in validation]
+    train = [on_device(examples, device) for examples in train]
+    validation = [on_device(examples, device) for examples in validation]
     cohort = [_Run(config, settings, train, device) for config, settings in runs]
     paths = dict(zip(map(id, cohort), checkpoints, strict=True)) if checkpoints is not None else {}
     for run in cohort:
@@ -315,4 +313,4 @@ def train_cohort(
     return [run.trained if id(run) in finished else None for run in cohort]
 
 
-__all__ = ["PRECISIONS", "TrainedModel", "TrainingSettings", "query_accuracy", "train_cohort"]
+__all__ = ["PRECISIONS", "TrainedModel", "TrainingSettings", "on_device", "query_accuracy", "train_cohort"]
