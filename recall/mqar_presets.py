@@ -134,7 +134,7 @@ PRESETS = {
     for preset in (
         Preset(
             "figure2",
-            "All families over their sizes, four learning rates, three seeds: within 25 minutes on one H200.",
+            "All families over their sizes, four learning rates, three seeds: about half an hour on one H200.",
             FIGURE2,
             learning_rates=(10**-3, 10**-2.5, 10**-2, 10**-1.5),
             seeds=(0, 1, 2),
@@ -142,7 +142,7 @@ PRESETS = {
         ),
         Preset(
             "figure2-quick",
-            "A selection of sizes, two learning rates, three seeds: within 8 minutes on one H200.",
+            "A selection of sizes, two learning rates, three seeds: within 5 minutes on one H200.",
             FIGURE2_QUICK,
             learning_rates=(10**-2.5, 10**-2),
             seeds=(0, 1, 2),

@@ -27,7 +27,7 @@ TWINS = {
 COMMANDS = {
     "mqar_figure2": "geobased recall mqar --preset figure2",
     "mqar_figure2_quick": "geobased recall mqar --preset figure2-quick",
-    "recall_twins": "geobased recall twins --preset standard",
+    "recall_twins": "geobased recall twins --preset long",
 }
 
 
