@@ -117,9 +117,9 @@ class SuperHFTrainer(RLOOTrainer):
         # TRL makes the reference from a path on disk; a model that was passed is copied instead
         own_forward = None if isinstance(model, str) else vars(_base(model)).get("forward")
         copies = args.beta > 0 and not isinstance(model, str) and not is_peft_model(model) and peft_config is None
-        reference = _copied(model, args.beta) if copies else None
+        reference = copied_reference(model, args.beta) if copies else None
         hidden = {"beta": 0.0, "sync_ref_model": False} if copies else {}
-        with _overridden(args, reward_weights=[*weights, *[0.0] * len(held_out)], **hidden):
+        with overridden(args, reward_weights=[*weights, *[0.0] * len(held_out)], **hidden):
             super().__init__(
                 model=model,
                 reward_funcs=rewards,
@@ -464,7 +464,8 @@ def _check_tokenizer(processing_class: Any) -> None:
         )
 
 
-def _copied(model: nn.Module, beta: float) -> Any:
+def copied_reference(model: nn.Module, beta: float) -> Any:
+    """A frozen copy of a model, for a prior of weight `beta`. Raises `ValueError` where it cannot be copied."""
     try:
         return copy.deepcopy(model).requires_grad_(False).eval()
     except Exception as error:
@@ -523,7 +524,8 @@ def _without_input_hook(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _overridden(args: Any, **values: Any) -> Iterator[None]:
+def overridden(args: Any, **values: Any) -> Iterator[None]:
+    """Other values of some attributes, for a while."""
     before = {name: getattr(args, name) for name in values}
     for name, value in values.items():
         setattr(args, name, value)
@@ -534,4 +536,4 @@ def _overridden(args: Any, **values: Any) -> Iterator[None]:
             setattr(args, name, value)
 
 
-__all__ = ["SuperHFTrainer"]
+__all__ = ["SuperHFTrainer", "copied_reference", "overridden"]
