@@ -70,7 +70,7 @@ def evaluate_perplexity(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_loss(model: PreTrainedModel, windows: Sequence[tuple[torch.Tensor, int]], batch_size: int = 8) -> float:
     """Mean negative log-likelihood, in nats, of the tokens that count in `perplexity_windows`; the training mode is restored."""
     was_training = model.training

@@ -265,7 +265,7 @@ class _Work:
 
     def write(self) -> dict[str, Any]:
         settings, rows = self.job.settings, marked_rows(self.job.settings, self.stored())
-        found = comparisons(rows, settings)
+        found = comparisons(rows)
         paths = [result_path(self.job.folder, name) for name in (LLAMA, REWARD, HELD_OUT_REWARD)]
         missing = [name for name in self._needed_stages() if not result_path(self.job.folder, name).exists()]
         wanted = [row for row in rows if row["arm"] in self.arms and row["policy"] in self.policies]

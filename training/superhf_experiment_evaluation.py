@@ -150,6 +150,7 @@ class Evaluator:
                 name: exp_or_infinity(mean_loss(model, windows, batch_size=32))
                 for name, windows in self.windows.items()
             }
+        measured = {name: round(value, 5) if isinstance(value, float) else value for name, value in measured.items()}
         measured["evaluation_seconds"] = round(time.perf_counter() - started, 2)
         kept = {name: [round(value, 4) for value in values] for name, values in each.items()}
         return measured, kept

@@ -20,7 +20,7 @@ STYLES = {
     "base": ("#7a7a7a", ""),
 }
 # from no prior to a strong one
-SHADES = ("#440154", "#3b528b", "#21918c", "#3f9e4d", "#b37a00", "#d55e00")
+SHADES = ("#440154", "#3b528b", "#21918c", "#3f9e4d", "#b37a00", "#8c510a")
 PANELS = {"reward": "reward (what arms see)", "held_out_reward": "held-out reward", "rule_reward": "reward of the rules"}
 
 Rows = Sequence[Mapping[str, Any]]
@@ -84,13 +84,10 @@ def _plot_rewards(results: Mapping[str, Any], own: Mapping[str, Rows], path: Pat
             dashes = {"linestyle": (0, (4, 1.5))} if arm == "sft" else {}
             name = f"{NAMES[arm]} (samples nothing)" if arm == "sft" else NAMES[arm]
             _line(axes, [step * per_step for step in steps], values, color=colour, marker=marker, label=name, **dashes)
-        axes.set_xlabel("sampled completions")
+        axes.set_xlabel(f"sampled completions, {per_step} a step")
         axes.set_title(label, fontsize=10)
         axes.xaxis.set_major_locator(_few_ticks())
     panels[0].set_ylabel("mean over held-out prompts")
-    above = panels[1].secondary_xaxis(1.12, functions=(lambda x: x / per_step, lambda x: x * per_step))
-    above.set_xlabel("steps", fontsize=8)
-    above.tick_params(labelsize=8)
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6, fontsize=9)
     save_figure(figure, path)
 

@@ -60,12 +60,12 @@ class ExperimentSettings:
     kl_weight: float = 0.35
     """SuperHF's `beta`, as published."""
     kl_sweep: tuple[float, ...] = (0.0, 0.05, 0.2, 1.0)
-    superhf_learning_rates: tuple[float, ...] = (1e-4, 3e-4)
-    rloo_learning_rates: tuple[float, ...] = (3e-5, 1e-4)
+    superhf_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rloo_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     rloo_kl_weights: tuple[float, ...] = (0.0, 0.05)
-    dpo_learning_rates: tuple[float, ...] = (3e-5, 1e-4)
+    dpo_learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     dpo_beta: float = 0.1
-    sft_learning_rates: tuple[float, ...] = (1e-4, 3e-4)
+    sft_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     num_pairs: int = 4000
     """Of each half of the training places."""
     num_held_out_pairs: int = 500

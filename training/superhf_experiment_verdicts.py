@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from geobased.training.bootstrap import difference_interval
-from geobased.training.superhf_experiment_settings import ARMS, NAMES, POLICIES, ExperimentSettings, candidates, chosen_options
+from geobased.training.superhf_experiment_settings import ARMS, NAMES, POLICIES, ExperimentSettings, chosen_options
 
 Row = Mapping[str, Any]
 REWARDS = ("reward", "held_out_reward", "rule_reward", "answers_from_record")
@@ -34,7 +34,7 @@ class Comparison:
     difference: float
     low: float
     high: float
-    seeds: tuple[int, int]
+    seeds: list[int]
     """Runs of each that count; with one of either, the interval is about prompts alone for it."""
 
 
@@ -100,7 +100,7 @@ def _values(rows: Sequence[Row], measure: str) -> torch.Tensor:
     return torch.tensor([row["each"][measure] for row in rows])
 
 
-def comparisons(rows: Sequence[Row], settings: ExperimentSettings) -> list[dict[str, Any]]:
+def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Differences between SuperHF and each other arm, and those that `CLAIMS` are about, as far as both were run.
 
     Args:
@@ -116,7 +116,7 @@ def comparisons(rows: Sequence[Row], settings: ExperimentSettings) -> list[dict[
             if own and other and (measure != "similarity" or min(len(own), len(other)) > 1):
                 interval = difference_interval(_values(own, measure), _values(other, measure))
                 values = [round(value, 5) for value in interval]
-                found.append(asdict(Comparison(policy, first, second, measure, *values, seeds=(len(own), len(other)))))
+                found.append(asdict(Comparison(policy, first, second, measure, *values, seeds=[len(own), len(other)])))
     return found
 
 
@@ -174,19 +174,6 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return sum(there) / len(there) if len(there) == len(values) else None
 
 
-def tried_settings(results: Mapping[str, Any], settings: ExperimentSettings) -> list[dict[str, Any]]:
-    """Validation rewards of the first seed under each candidate, for each policy and arm that was tuned."""
-    found = []
-    for policy in POLICIES:
-        for arm in ARMS:
-            wanted = candidates(settings, arm) if arm != "kl_sweep" else []
-            tried = [row for row in results["rows"] if (row["policy"], row["arm"], row["seed"]) == (policy, arm, 0)]
-            tried = [row for row in tried if row["options"] in wanted]
-            if len(wanted) > 1 and tried:
-                found.append({"policy": policy, "arm": arm, "tried": tried})
-    return found
-
-
 def arm_name(row: Row) -> str:
     """For readers; the sweep's with its weight."""
     return f"SuperHF, β = {row['options']['beta']:g}" if row["arm"] == "kl_sweep" else NAMES[row["arm"]]
@@ -208,6 +195,5 @@ __all__ = [
     "measures",
     "runs_of",
     "summary",
-    "tried_settings",
     "verdicts",
 ]

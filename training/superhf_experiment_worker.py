@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,7 +87,8 @@ def do_run(job: Job, run: Run) -> dict[str, Any]:
     )
     row["completions_per_answer"] = 1
     try:
-        result = train_arm(run, _model(job, run.policy), data, evaluator, str(Path(job.folder, "unused")), job.deadline)
+        with tempfile.TemporaryDirectory() as unused:
+            result = train_arm(run, _model(job, run.policy), data, evaluator, unused, job.deadline)
     except FloatingPointError as error:
         return {**row, "diverged": str(error), "validation_reward": None}
     return row | result
