@@ -194,7 +194,7 @@ def _common(
 def _sampling_trainer(
     arm: str, model: Any, data: TrainingData, evaluator: Evaluator, common: dict[str, Any], beta: float
 ) -> Any:
-    settings = evaluator.settings
+    settings, is_rloo = evaluator.settings, arm == "rloo"
     common = {
         **common,
         "beta": beta,
@@ -202,9 +202,9 @@ def _sampling_trainer(
         "per_device_train_batch_size": settings.prompts_per_step * settings.num_generations,
         "max_completion_length": settings.max_new_tokens,
         "temperature": settings.temperature,
-        "top_p": settings.top_p,
+        # RLOO's probabilities are those of the whole distribution, which TRL samples from by default
+        "top_p": 1.0 if is_rloo else settings.top_p,
     }
-    is_rloo = arm == "rloo"
     trainer_class: Any = CountedRLOO if is_rloo else CountedSuperHF
     return trainer_class(
         model=model,

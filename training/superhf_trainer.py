@@ -144,6 +144,8 @@ class SuperHFTrainer(RLOOTrainer):
         self.completion_filter: CompletionFilter = _completion_filter(args)
         self._restore_forward(own_forward)
         self._num_generated = {"train": 0, "eval": 0}
+        # of the last evaluation, by the names of the metrics: each prompt's mean reward, [prompts] in parts
+        self._prompt_rewards: dict[str, list[torch.Tensor]] = {}
         if args.kl_chunked and not _has_plain_head(self.model):
             logger.warning(
                 f"kl_chunked: {type(_base(self.model)).__name__} has no plain linear head, or an adapter of virtual tokens; the "
@@ -186,6 +188,15 @@ class SuperHFTrainer(RLOOTrainer):
             base.forward = own_forward
         elif not hasattr(base, "_hf_hook"):  # else split over devices while it was loaded
             vars(base).pop("forward", None)
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        self._prompt_rewards = {}
+        return super().evaluate(*arguments, **options)
+
+    @property
+    def prompt_rewards(self) -> dict[str, torch.Tensor]:
+        """Rewards in the last evaluation under the names of their metrics, the mean of each prompt's completions: [prompts]."""
+        return {name: torch.cat(parts) for name, parts in self._prompt_rewards.items()}
 
     def _generate_single_turn(self, *arguments: Any) -> Any:
         # dropout would make the samples those of another policy; vLLM has none and reads the mode
@@ -362,11 +373,16 @@ class SuperHFTrainer(RLOOTrainer):
                 "min_new_tokens in generation_kwargs, and that stop_regex does not match the beginning of a completion"
             )
         totals = self._weighted(rewards)
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        each = {"reward": totals}
         for i, name in enumerate(self.reward_func_names):
             group = "rewards" if i < self.num_training_rewards else f"rewards_{HELD_OUT}"
+            each[f"{group}/{name}/mean"] = rewards[:, i]
             metrics[f"{group}/{name}/mean"].append(rewards[:, i].nanmean().item())
             metrics[f"{group}/{name}/std"].append(nanstd(rewards[:, i]).item())
-        size = self.num_generations if mode == "train" else self.num_generations_eval
+        if mode == "eval":
+            for name, values in each.items():
+                self._prompt_rewards.setdefault(name, []).append(values.view(-1, size).nanmean(1).cpu())
         spread = totals.view(-1, size).nan_to_num(nan=torch.inf).amin(1), totals.view(-1, size).nan_to_num(nan=-torch.inf).amax(1)
         metrics["reward"].append(totals.nanmean().item())
         metrics["reward_std"].append(nanstd(totals).item())
