@@ -127,7 +127,9 @@ def plot_throughput_against_recall(results: dict[str, Any], path: str | Path) ->
             continue
         lengths.update(both)
         x, y = [speed[length][0] for length in both], [100 * mean(recall[length]) for length in both]
-        spread = [[100 * side for side in sides] for sides in zip(*(spread_about_mean(recall[length]) for length in both), strict=True)]
+        spread = [
+            [100 * side for side in sides] for sides in zip(*(spread_about_mean(recall[length]) for length in both), strict=True)
+        ]
         axes.errorbar(x, y, spread, linewidth=1, capsize=3, color=COLOURS[name], alpha=0.6)
         axes.scatter(x, y, [_area(length) for length in both], color=COLOURS[name], label=NAMES[name], zorder=3)
     if not lengths:

@@ -45,14 +45,20 @@ def comparison(name: str, folder: Path, results: dict[str, Any]) -> str:
     parts = ["\n".join(lines + link_to_results(name, folder)), reward_models(results)]
     for policy in POLICIES:
         if any(row["policy"] == policy for row in rows):
-            parts += [f"### {policy}", policy_table(results, policy), *plot(folder / name, f"rewards-{policy}", f"Rewards, {policy}")]
+            parts += [
+                f"### {policy}",
+                policy_table(results, policy),
+                *plot(folder / name, f"rewards-{policy}", f"Rewards, {policy}"),
+            ]
     if results["similarity"] != "meteor":
         parts.append("METEOR counts exact and stem matches, without WordNet's synonyms.")
     parts += plot(folder / name, "kl_sweep", "KL weights")
     parts += ["### Verdicts", verdict_table(results), "### Settings that were tried", tried_table(results)]
     diverged = [row for row in rows if row.get("diverged")]
     if diverged:
-        cases = [f"- {row['policy']}, {NAMES[row['arm']]}, {_options(row)}, seed {row['seed']}: {row['diverged']}" for row in diverged]
+        cases = [
+            f"- {row['policy']}, {NAMES[row['arm']]}, {_options(row)}, seed {row['seed']}: {row['diverged']}" for row in diverged
+        ]
         parts.append("\n".join(["Diverged:", "", *cases]))
     return "\n\n".join(parts)
 

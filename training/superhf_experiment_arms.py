@@ -169,9 +169,7 @@ def train_arm(
     }
 
 
-def _common(
-    settings: ExperimentSettings, run: Run, learning_rate: float, output_dir: str, use_cpu: bool
-) -> dict[str, Any]:
+def _common(settings: ExperimentSettings, run: Run, learning_rate: float, output_dir: str, use_cpu: bool) -> dict[str, Any]:
     """What the configurations of all arms share. Weights are float32 without mixed precision: the models are small."""
     return {
         "output_dir": output_dir,
@@ -191,9 +189,7 @@ def _common(
     }
 
 
-def _sampling_trainer(
-    arm: str, model: Any, data: TrainingData, evaluator: Evaluator, common: dict[str, Any], beta: float
-) -> Any:
+def _sampling_trainer(arm: str, model: Any, data: TrainingData, evaluator: Evaluator, common: dict[str, Any], beta: float) -> Any:
     settings, is_rloo = evaluator.settings, arm == "rloo"
     common = {
         **common,

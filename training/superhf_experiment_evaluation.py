@@ -36,7 +36,7 @@ class StandardizedReward:
 
 @contextlib.contextmanager
 def plain_forward(model: Any) -> Iterator[None]:
-    """Takes off what TRL puts in the place of a model's forward pass; BASED's fast generation serves only models with their own."""
+    """Takes off what TRL puts in the place of a forward pass: BASED's fast generation serves only models with their own."""
     patched = vars(model).pop("forward", None)
     try:
         yield
@@ -82,7 +82,7 @@ def _up_to_end(ids: list[int], end: Any) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, completions: Sequence[Sequence[int]]) -> list[str]:
+def decoded(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[str]:
     """Texts of completions, without special tokens."""
     return tokenizer.batch_decode(completions, skip_special_tokens=True)
 
@@ -147,8 +147,7 @@ class Evaluator:
             # chosen among several, completions are no longer samples of the policy
             measured["kl"] = self._divergence(model, prompts, completions) if number == 1 else None
             measured["perplexity"] = {
-                name: exp_or_infinity(mean_loss(model, windows, batch_size=32))
-                for name, windows in self.windows.items()
+                name: exp_or_infinity(mean_loss(model, windows, batch_size=32)) for name, windows in self.windows.items()
             }
         measured = {name: round(value, 5) if isinstance(value, float) else value for name, value in measured.items()}
         measured["evaluation_seconds"] = round(time.perf_counter() - started, 2)
@@ -161,7 +160,7 @@ class Evaluator:
         was_training = model.training
         model.eval()
         total = count = 0.0
-        encoded: list[list[int]] = self.tokenizer(list(prompts))["input_ids"]  # type: ignore[assignment]
+        encoded: list[list[int]] = self.tokenizer(list(prompts))["input_ids"]
         rows = [(ids, list(new)) for ids, new in zip(encoded, completions, strict=True) if new]
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         for first in range(0, len(rows), KL_BATCH):
@@ -171,8 +170,8 @@ class Evaluator:
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], True).to(model.device)
             starts = torch.tensor([len(prompt) for prompt, _ in part], device=model.device)
             texts = selected_texts(padded, mask, starts)
-            both = [predict(item, texts, chunked=False) for item in (model, self.base)]
-            terms = superhf_loss(*both, texts.labels, beta=1.0, kl_direction="reverse")
+            policy, base = (predict(item, texts, chunked=False) for item in (model, self.base))
+            terms = superhf_loss(policy, base, texts.labels, beta=1.0, kl_direction="reverse")
             total, count = total + terms.kl_sum.item(), count + terms.num_kl_tokens.item()
         model.train(was_training)
         return total / max(count, 1.0)

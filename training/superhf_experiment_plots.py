@@ -79,7 +79,9 @@ def _plot_rewards(results: Mapping[str, Any], own: Mapping[str, Rows], path: Pat
             colour, marker = STYLES[arm]
             steps, values = _points(rows, measure)
             if len(steps) == 1:  # nothing was trained
-                axes.axhline(mean(values[0]), color=colour, linewidth=1.4, linestyle="--" if arm == "best_of_n" else ":", label=NAMES[arm])
+                axes.axhline(
+                    mean(values[0]), color=colour, linewidth=1.4, linestyle="--" if arm == "best_of_n" else ":", label=NAMES[arm]
+                )
                 continue
             dashes = {"linestyle": (0, (4, 1.5))} if arm == "sft" else {}
             name = f"{NAMES[arm]} (samples nothing)" if arm == "sft" else NAMES[arm]

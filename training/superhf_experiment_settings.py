@@ -18,7 +18,7 @@ NAMES = {
     "kl_sweep": "SuperHF, other KL weights",
 }
 ARMS = tuple(NAMES)
-# those of the second policy: the first asks whether the prior and the preferences matter, the second whether the architecture does
+# of the second policy, which is there to see whether the architecture matters
 LLAMA_ARMS = ("base", "best_of_n", "superhf", "rloo")
 UNTRAINED = ("base", "best_of_n")
 
@@ -110,7 +110,9 @@ PRESETS = {
         num_evaluations=1,
         num_perplexity_documents=2,
         num_perplexity_windows=2,
-        llama=LlamaTwin(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_parameters=200_000, steps=2, batch_size=2)
+        llama=LlamaTwin(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_parameters=200_000, steps=2, batch_size=2
+        ),
     ),
     # for one or two large GPUs
     "standard": ExperimentSettings(),
@@ -167,7 +169,10 @@ def chosen_options(settings: ExperimentSettings, rows: Sequence[Mapping[str, Any
 
 
 def planned_runs(
-    settings: ExperimentSettings, rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ARMS, policies: Sequence[str] = POLICIES
+    settings: ExperimentSettings,
+    rows: Sequence[Mapping[str, Any]],
+    arms: Sequence[str] = ARMS,
+    policies: Sequence[str] = POLICIES,
 ) -> list[Run]:
     """What can begin now, in the order of its importance: `rows` are finished, and what waits for a choice is left out.
 

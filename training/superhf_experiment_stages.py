@@ -45,7 +45,7 @@ class Job:
     folder: str
     device: str
     based: str = BASED
-    """Folder, shipped checkpoint or Hub name of the first policy, which the reward models start from and whose tokenizer is used."""
+    """Folder, shipped checkpoint or Hub name of the first policy; the reward models start from it, all use its tokenizer."""
     text: tuple[str, ...] = ()
     """Files that the Llama is trained on beside documents."""
     held_out_text: tuple[str, ...] = ()
@@ -119,7 +119,9 @@ def train_reward_model(job: Job, name: str) -> dict[str, Any]:
     log = reward_training.train(arguments)
     pairs = read_preferences([held_out])
     scorer = reward_scorer(job, name)
-    scores = torch.tensor(scorer([pair["prompt"] for pair in pairs] * 2, [pair[k] for k in ("chosen", "rejected") for pair in pairs]))
+    scores = torch.tensor(
+        scorer([pair["prompt"] for pair in pairs] * 2, [pair[k] for k in ("chosen", "rejected") for pair in pairs])
+    )
     facts = {key: log["evaluation"][key] for key in ("accuracy", "low", "high", "num_pairs", "by_corruption")}
     facts |= {"mean": scores.mean().item(), "deviation": scores.std().item()}
     return _finished(log, **facts)
@@ -162,7 +164,9 @@ def train_llama(job: Job) -> dict[str, Any]:
         **_output(job, folder),
     )
     log = language_modeling.train(arguments)
-    return _finished(log, parameters=log["parameters"], tokens=log["tokens"], loss=log["losses"][-1][1] if log["losses"] else None)
+    return _finished(
+        log, parameters=log["parameters"], tokens=log["tokens"], loss=log["losses"][-1][1] if log["losses"] else None
+    )
 
 
 def llama_config(twin: LlamaTwin, tokenizer: Any) -> dict[str, Any]:
@@ -217,7 +221,7 @@ def standardized_reward(job: Job, name: str, facts: dict[str, Any]) -> Standardi
 def stages(job: Job, policies: Sequence[str]) -> dict[str, Callable[[], dict[str, Any]]]:
     """What has to be trained before the runs of these policies, the longest first."""
     found: dict[str, Callable[[], dict[str, Any]]] = {LLAMA: lambda: train_llama(job)} if LLAMA in policies else {}
-    return found | {name: lambda name=name: train_reward_model(job, name) for name in (REWARD, HELD_OUT_REWARD)}  # type: ignore[misc]
+    return found | {name: lambda name=name: train_reward_model(job, name) for name in (REWARD, HELD_OUT_REWARD)}
 
 
 __all__ = [

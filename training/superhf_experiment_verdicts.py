@@ -114,9 +114,18 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
             own, other = runs_of(rows, policy, first), runs_of(rows, policy, second)
             # a similarity is one number a run: it takes several
             if own and other and (measure != "similarity" or min(len(own), len(other)) > 1):
-                interval = difference_interval(_values(own, measure), _values(other, measure))
-                values = [round(value, 5) for value in interval]
-                found.append(asdict(Comparison(policy, first, second, measure, *values, seeds=[len(own), len(other)])))
+                difference, low, high = difference_interval(_values(own, measure), _values(other, measure))
+                entry = Comparison(
+                    policy=policy,
+                    first=first,
+                    second=second,
+                    measure=measure,
+                    difference=round(difference, 5),
+                    low=round(low, 5),
+                    high=round(high, 5),
+                    seeds=[len(own), len(other)],
+                )
+                found.append(asdict(entry))
     return found
 
 
@@ -134,7 +143,9 @@ def verdicts(found: Sequence[Row]) -> list[dict[str, Any]]:
                 if (entry["policy"], entry["first"], entry["second"], entry["measure"]) == key:
                     verdict = HOLDS if entry["low"] > 0 else FAILS if entry["high"] < 0 else OPEN
                     evidence = {name: entry[name] for name in ("difference", "low", "high", "seeds")}
-                    judged.append({"policy": policy, "claim": claim.text, "verdict": verdict, "measure": claim.measure, **evidence})
+                    judged.append(
+                        {"policy": policy, "claim": claim.text, "verdict": verdict, "measure": claim.measure, **evidence}
+                    )
     return judged
 
 

@@ -82,9 +82,7 @@ def do_run(job: Job, run: Run) -> dict[str, Any]:
         facts = {"completions": 0, "tokens": 0, "training_seconds": 0.0, "validation_reward": None}
         return {**row, **facts, "completions_per_answer": number, "curve": [{"step": 0, **measured}], "each": each}
     preferences = read_preferences([job.data / FILES["first"]])
-    data = TrainingData(
-        read_prompts(job.data / FILES["prompts"]), read_prompts(job.data / VALIDATION_FILE), preferences
-    )
+    data = TrainingData(read_prompts(job.data / FILES["prompts"]), read_prompts(job.data / VALIDATION_FILE), preferences)
     row["completions_per_answer"] = 1
     try:
         with tempfile.TemporaryDirectory() as unused:

@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+
 @pytest.fixture
 def calls(monkeypatch):
     pytest.importorskip("trl")
@@ -23,7 +24,18 @@ def calls(monkeypatch):
 
 def test_options_reach_the_experiment(geobased, calls, tmp_path):
     options = ("--preset", "smoke", "--seeds", 2, "--arms", "base, superhf", "--policies", "based-mini", "--workers", 3)
-    arguments = ("train", "superhf-experiment", "--output-dir", tmp_path, *options, "--max-seconds", 9, "--device", "cpu", "--json")
+    arguments = (
+        "train",
+        "superhf-experiment",
+        "--output-dir",
+        tmp_path,
+        *options,
+        "--max-seconds",
+        9,
+        "--device",
+        "cpu",
+        "--json",
+    )
     result = geobased(*arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["complete"] is False

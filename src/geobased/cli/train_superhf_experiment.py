@@ -112,7 +112,9 @@ def _table(results: dict[str, Any]) -> str:
     columns = ("policy", "arm", "seeds", "reward", "held-out", "rules", "answers", "similarity", "KL")
     lines = [f"{columns[0]:<12}{columns[1]:<22}" + "".join(f"{name:>11}" for name in columns[2:])]
     for row in summary(results["rows"]):
-        values = [row["means"][name] for name in ("reward", "held_out_reward", "rule_reward", "answers_from_record", "similarity", "kl")]
+        values = [
+            row["means"][name] for name in ("reward", "held_out_reward", "rule_reward", "answers_from_record", "similarity", "kl")
+        ]
         shown = "".join(f"{'' if value is None else format(value, '.3f'):>11}" for value in values)
         lines.append(f"{row['policy']:<12}{row['name']:<22}{row['seeds']:>11}{shown}")
     for verdict in results["verdicts"]:
