@@ -195,6 +195,7 @@ class _Work:
         self.failures: list[tuple[str, BaseException]] = []
         self.given_up: set[Part] = set()
         self.late: str | None = None
+        self.unwritten = False
 
     def run(self) -> None:
         running: dict[Future[float], tuple[Part, _Slot]] = {}
@@ -209,6 +210,8 @@ class _Work:
                     running[slot.submit(self.job, part)] = (part, slot)
                     if slot.inline:
                         break
+                if self.unwritten:  # the processes are busy again meanwhile
+                    self.write()
                 if not running:
                     break
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -224,7 +227,7 @@ class _Work:
         """Whether the process can go on with another part."""
         name, error = part if isinstance(part, str) else part.name, future.exception()
         if error is None:
-            self.write()
+            self.unwritten = True
             self.report(f"{name}: {future.result():.0f} s")
             return True
         self.given_up.add(part)
@@ -286,6 +289,7 @@ class _Work:
             "verdicts": verdicts(found),
         }
         write_json(Path(self.job.folder, RESULTS_FILE), results)
+        self.unwritten = False
         return results
 
 

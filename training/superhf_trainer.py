@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import RLOOTrainer
 from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -114,6 +115,8 @@ class SuperHFTrainer(RLOOTrainer):
         tokenizers = _tokenizers(reward_processing_classes, training, "reward_processing_classes")
         tokenizers += _tokenizers(eval_reward_processing_classes, held_out, "eval_reward_processing_classes")
 
+        if isinstance(model, str):
+            model = _loaded_if_foreign(model, args)
         # TRL makes the reference from a path on disk; a model that was passed is copied instead
         own_forward = None if isinstance(model, str) else vars(_base(model)).get("forward")
         copies = args.beta > 0 and not isinstance(model, str) and not is_peft_model(model) and peft_config is None
@@ -478,6 +481,15 @@ def _check_tokenizer(processing_class: Any) -> None:
             f"the tokenizer {type(tokenizer).__name__} has no end-of-sequence token{also}: completions could not be ended or "
             "padded. Set tokenizer.eos_token, and tokenizer.pad_token if it should differ from it"
         )
+
+
+def _loaded_if_foreign(name: str, args: SuperHFConfig) -> Any:
+    """The name of a model; the model itself where its architecture is none of transformers', as BASED's: TRL fails on those."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    if any(hasattr(transformers, architecture) for architecture in config.architectures or ()) or hasattr(config, "auto_map"):
+        return name
+    options = dict(args.model_init_kwargs or {})
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": "float32", **options})
 
 
 def copied_reference(model: nn.Module, beta: float) -> Any:
