@@ -24,7 +24,7 @@ class TrainingData:
     prompts: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     preferences: list[dict[str, Any]]
-    """Those that the training reward model has learnt from."""
+    """Some of those that the training reward model has learnt from."""
 
 
 class _Counted:

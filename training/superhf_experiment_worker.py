@@ -81,7 +81,8 @@ def do_run(job: Job, run: Run) -> dict[str, Any]:
         measured, each = evaluator.measure(evaluator.base, number)
         facts = {"completions": 0, "tokens": 0, "training_seconds": 0.0, "validation_reward": None}
         return {**row, **facts, "completions_per_answer": number, "curve": [{"step": 0, **measured}], "each": each}
-    preferences = read_preferences([job.data / FILES["first"]])
+    # as many as the arms that sample have prompts
+    preferences = read_preferences([job.data / FILES["first"]])[: job.settings.steps * job.settings.prompts_per_step]
     data = TrainingData(read_prompts(job.data / FILES["prompts"]), read_prompts(job.data / VALIDATION_FILE), preferences)
     row["completions_per_answer"] = 1
     try:
