@@ -98,7 +98,7 @@ def plot_losses(history: list[dict[str, float]], path: str | Path) -> bool:
     return True
 
 
-def save_figure(figure: Any, path: str | Path, colours: int = 64) -> None:
+def save_figure(figure: Any, path: str | Path, colours: int = 256) -> None:
     """Save a figure of matplotlib, drawn by Agg, as a PNG with a palette: a quarter of the bytes of one without."""
     from PIL import Image
 
