@@ -63,7 +63,7 @@ class ExperimentSettings:
     superhf_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     rloo_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     rloo_kl_weights: tuple[float, ...] = (0.0, 0.05)
-    dpo_learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    dpo_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     dpo_beta: float = 0.1
     sft_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     num_pairs: int = 4000
