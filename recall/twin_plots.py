@@ -1,5 +1,6 @@
 """Plots of equal twins, from the rows of their results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,18 +31,19 @@ def _models(results: dict[str, Any]) -> list[str]:
     return [name for name in NAMES if name in present]
 
 
-def _spread(values: list[float]) -> tuple[float, float]:
+def spread_about_mean(values: list[float]) -> tuple[float, float]:
     """From the mean down to the lowest and up to the highest."""
     return mean(values) - min(values), max(values) - mean(values)
 
 
-def _axes(columns: int) -> tuple[Any, Any]:
+def side_by_side_axes(columns: int, width_ratios: Sequence[float] = (3, 2)) -> tuple[Any, Any]:
+    """-> figure without a display, and its panels side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 if columns == 1 else 10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, columns, squeeze=False, width_ratios=[3, 2][:columns])[0]
+    panels = figure.subplots(1, columns, squeeze=False, width_ratios=width_ratios[:columns])[0]
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
@@ -67,11 +69,11 @@ def plot_twins(results: dict[str, Any], path: str | Path) -> None:
         ValueError: no finished run.
     """
     models = _models(results)
-    figure, (recall, perplexity) = _axes(2)
+    figure, (recall, perplexity) = side_by_side_axes(2)
     for name in models:
         values = _by_length(results, name, "accuracy")
         heights = [100 * mean(group) for group in values.values()]
-        spread = [[100 * side for side in sides] for sides in zip(*map(_spread, values.values()), strict=True)]
+        spread = [[100 * side for side in sides] for sides in zip(*map(spread_about_mean, values.values()), strict=True)]
         recall.errorbar(
             list(values), heights, spread, marker="o", linewidth=1.8, capsize=3, color=COLOURS[name], label=NAMES[name]
         )
@@ -90,7 +92,7 @@ def plot_twins(results: dict[str, Any], path: str | Path) -> None:
         values_of = {key: [run[key] for run in runs.values()] for key in groups}
         places = [i + 0.16 * (number - (len(models) - 1) / 2) for i in range(len(groups))]
         heights = [mean(values_of[key]) for key in groups]
-        spread = [list(side) for side in zip(*(_spread(values_of[key]) for key in groups), strict=True)]
+        spread = [list(side) for side in zip(*(spread_about_mean(values_of[key]) for key in groups), strict=True)]
         perplexity.errorbar(places, heights, spread, marker="o", linestyle="", capsize=3, color=COLOURS[name])
     perplexity.set_yscale("log")
     _plain_numbers(perplexity.yaxis)
@@ -116,7 +118,7 @@ def plot_throughput_against_recall(results: dict[str, Any], path: str | Path) ->
         ValueError: no finished run, or no length at which both were measured.
     """
     models = _models(results)
-    figure, (axes,) = _axes(1)
+    figure, (axes,) = side_by_side_axes(1)
     lengths: set[int] = set()
     for name in models:
         recall, speed = _by_length(results, name, "accuracy"), _by_length(results, name, "tokens_per_second")
@@ -125,7 +127,9 @@ def plot_throughput_against_recall(results: dict[str, Any], path: str | Path) ->
             continue
         lengths.update(both)
         x, y = [speed[length][0] for length in both], [100 * mean(recall[length]) for length in both]
-        spread = [[100 * side for side in sides] for sides in zip(*(_spread(recall[length]) for length in both), strict=True)]
+        spread = [
+            [100 * side for side in sides] for sides in zip(*(spread_about_mean(recall[length]) for length in both), strict=True)
+        ]
         axes.errorbar(x, y, spread, linewidth=1, capsize=3, color=COLOURS[name], alpha=0.6)
         axes.scatter(x, y, [_area(length) for length in both], color=COLOURS[name], label=NAMES[name], zorder=3)
     if not lengths:
@@ -149,4 +153,4 @@ def _area(length: int) -> float:
     return 3.0 * length**0.5 / 2
 
 
-__all__ = ["NAMES", "plot_throughput_against_recall", "plot_twins"]
+__all__ = ["NAMES", "plot_throughput_against_recall", "plot_twins", "side_by_side_axes", "spread_about_mean"]

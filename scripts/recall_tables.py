@@ -4,16 +4,13 @@ python scripts/recall_tables.py [--folder benchmarks/results/h200]   # the secti
 python scripts/recall_tables.py --write                              # puts them between the page's markers
 """
 
-import argparse
-import json
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from performance_tables import RESULTS, ROOT, Rows, between, headline, number, plot
+from page_sections import Section, fill_page, link_to_results, markdown_table, measured_on, over_seeds, page_sections
+from performance_tables import RESULTS, ROOT, Rows, number, plot
 
-from geobased.recall.pareto import read_runs, readable_bytes, spread_of, summarise, summary_tables
+from geobased.recall.pareto import read_runs, readable_bytes, summarise, summary_tables
 from geobased.recall.pareto_paper import compare_with_figure, verdict_table
 
 PAGE = ROOT / "docs" / "recall.md"
@@ -33,9 +30,7 @@ COMMANDS = {
 
 def about(name: str, folder: Path, results: dict[str, Any], num_trainings: int) -> str:
     """Where and when it was measured, and with which settings."""
-    # what is absent stands below the tables
-    measured = headline("results", {**results, "absent": {}}).replace("`results.json`: ", "")
-    lines = [f"{num_trainings:,} training{'s' if num_trainings != 1 else ''} on {measured}"]
+    lines = [measured_on(results, num_trainings, "training")]
     settings = results.get("settings", {})
     if "epochs" in settings:
         rates = ", ".join(f"{rate:.1e}" for rate in settings.get("learning_rates", []))
@@ -43,10 +38,7 @@ def about(name: str, folder: Path, results: dict[str, Any], num_trainings: int) 
             f"{settings['epochs']} epochs at most, batches of {settings.get('batch_size')}, {settings.get('precision')};"
             f" learning rates {rates}; {results['seconds'] / 60:,.0f} minutes in all."
         )
-    path = folder.resolve() / name / "results.json"
-    if ROOT in path.parents:
-        lines.append(f"The runs: [results.json](../{path.relative_to(ROOT).as_posix()}).")
-    return "\n".join(lines)
+    return "\n".join(lines + link_to_results(name, folder))
 
 
 def sweep(name: str, folder: Path, results: dict[str, Any]) -> str:
@@ -68,19 +60,6 @@ def of_each(rows: Rows, field: str) -> list[Any]:
 
 def selected(rows: Rows, **wanted: Any) -> Rows:
     return [row for row in rows if all(row[field] == value for field, value in wanted.items())]
-
-
-def over_seeds(values: Sequence[float], form: str = ",.0f") -> str:
-    """Mean, with the sample standard deviation if there are several values; nothing without a value."""
-    if not values:
-        return ""
-    spread = spread_of(values)
-    return f"{spread.mean:{form}}" + (f" ± {spread.std:{form}}" if spread.std is not None else "")
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def twins(name: str, folder: Path, results: dict[str, Any]) -> str:
@@ -153,7 +132,7 @@ def plots(name: str, folder: Path, *, throughput: bool) -> list[str]:
 
 
 # marker of the page -> folder of the results, and what is made of them
-SECTIONS: dict[str, tuple[str, Callable[[str, Path, dict[str, Any]], str]]] = {
+SECTIONS: dict[str, Section] = {
     "recall_figure2": ("mqar_figure2", sweep),
     "recall_figure2_quick": ("mqar_figure2_quick", sweep),
     "recall_twins": ("recall_twins", twins),
@@ -163,33 +142,9 @@ SECTIONS: dict[str, tuple[str, Callable[[str, Path, dict[str, Any]], str]]] = {
 
 
 def sections(folder: Path = RESULTS) -> tuple[dict[str, str], list[str]]:
-    """Text of each marker, and the files that are missing; their sections say so, and hold no number."""
-    texts, missing = {}, []
-    for marker, (name, text) in SECTIONS.items():
-        path = folder / name / "results.json"
-        if path.is_file():
-            texts[marker] = text(name, folder, json.loads(path.read_text(encoding="utf-8")))
-        else:
-            missing += [str(path)] if str(path) not in missing else []
-            texts[marker] = f"No results are stored here yet; `{COMMANDS[name]}` measures them."
-    return texts, missing
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="update docs/recall.md")
-    arguments = parser.parse_args()
-    texts, missing = sections(arguments.folder)
-    for path in missing:
-        print(f"missing: {path}", file=sys.stderr)
-    for marker, text in texts.items():
-        start, end = f"<!-- {marker}:start -->", f"<!-- {marker}:end -->"
-        if arguments.write:
-            between(PAGE, start, end, text)
-        else:
-            print(f"{start}\n{text}\n{end}\n")
+    """Text of each marker, and the files that are missing."""
+    return page_sections(SECTIONS, COMMANDS, folder)
 
 
 if __name__ == "__main__":
-    main()
+    fill_page(PAGE, str(__doc__), sections)

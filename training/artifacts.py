@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -97,4 +98,15 @@ def plot_losses(history: list[dict[str, float]], path: str | Path) -> bool:
     return True
 
 
-__all__ = ["DTYPES", "plot_losses", "save_model_folder", "versions", "write_json"]
+def save_figure(figure: Any, path: str | Path, colours: int = 256) -> None:
+    """Save a figure of matplotlib, drawn by Agg, as a PNG with a palette: a quarter of the bytes of one without."""
+    from PIL import Image
+
+    figure.set_dpi(150)
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    with whole_file(path) as temporary:
+        picture.quantize(colours, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
+
+
+__all__ = ["DTYPES", "plot_losses", "save_figure", "save_model_folder", "versions", "write_json"]

@@ -57,13 +57,7 @@ def evaluate_perplexity(
     texts = [text] if isinstance(text, str) else list(text)
     windows = perplexity_windows(tokenizer, texts, context_length, stride)
     num_tokens = sum(ids.numel() - first for ids, first in windows)
-    was_training = model.training
-    model.eval()
-    try:
-        batches = (windows[first : first + batch_size] for first in range(0, len(windows), batch_size))
-        total = sum(losses[counted].sum().item() for _, losses, counted in (window_losses(model, batch) for batch in batches))
-    finally:
-        model.train(was_training)
+    total = mean_loss(model, windows, batch_size) * num_tokens
     num_words, num_bytes = sum(len(item.split()) for item in texts), sum(len(item.encode("utf-8")) for item in texts)
     return Perplexity(
         token_perplexity=exp_or_infinity(total / num_tokens),
@@ -74,6 +68,19 @@ def evaluate_perplexity(
         num_words=num_words,
         num_bytes=num_bytes,
     )
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: Sequence[tuple[torch.Tensor, int]], batch_size: int = 8) -> float:
+    """Mean negative log-likelihood, in nats, of the tokens that count in `perplexity_windows`; the training mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        batches = (list(windows[first : first + batch_size]) for first in range(0, len(windows), batch_size))
+        total = sum(losses[counted].sum().item() for _, losses, counted in (window_losses(model, batch) for batch in batches))
+    finally:
+        model.train(was_training)
+    return total / sum(ids.numel() - first for ids, first in windows)
 
 
 def perplexity_windows(
@@ -123,4 +130,4 @@ def exp_or_infinity(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-__all__ = ["Perplexity", "evaluate_perplexity", "exp_or_infinity", "perplexity_windows", "window_losses"]
+__all__ = ["Perplexity", "evaluate_perplexity", "exp_or_infinity", "mean_loss", "perplexity_windows", "window_losses"]

@@ -22,13 +22,13 @@ from geobased.recall.places import Place, load_places
 from geobased.whole_file import whole_file
 
 MIN_WORDS, MAX_WORDS = 1, 12
-# the value is what the answer is for; the other rules are about its form
+# the value outweighs all rules of form together: a right answer in bad form beats a wrong one in perfect form
 WEIGHTS = {
-    "answers_from_record": 0.4,
-    "names_no_other_place": 0.15,
-    "ends_the_line": 0.15,
-    "repeats_nothing": 0.15,
-    "length_within_bounds": 0.15,
+    "answers_from_record": 0.6,
+    "names_no_other_place": 0.1,
+    "ends_the_line": 0.1,
+    "repeats_nothing": 0.1,
+    "length_within_bounds": 0.1,
 }
 HALVES = ("first", "second")
 FILES = {

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from geobased.checkpoints import checkpoint_path, shipped_checkpoints
+from geobased.training.bootstrap import mean_interval
 from geobased.training.text_files import numbered_lines
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -248,9 +249,7 @@ def evaluate_preferences(scorer: RewardModelScorer, pairs: Sequence[dict[str, An
     scores = scorer(prompts * 2, [pair[name] for name in ("chosen", "rejected") for pair in pairs])
     margins = torch.tensor(scores[: len(pairs)]) - torch.tensor(scores[len(pairs) :])
     hits = (margins > 0).double()
-    generator = torch.Generator().manual_seed(seed)
-    draws = hits[torch.randint(len(pairs), (1000, len(pairs)), generator=generator)].mean(1)
-    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = mean_interval(hits, seed=seed)
     groups: dict[str, list[float]] = {}
     for pair, hit in zip(pairs, hits.tolist(), strict=True):
         if not pair.get("chosen_corruption"):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from geobased.checkpoints import checkpoint_path, shipped_checkpoints
 from geobased.model_cards import card_from_template
 from geobased.training.artifacts import plot_losses, save_model_folder, versions, write_json
+from geobased.training.bootstrap import mean_interval
 from geobased.training.preference_rules import HALVES, gazetteer_prompts, preference_places
 from geobased.training.reward_models import RewardModelScorer
 from geobased.training.reward_training import LOG_FILE, load_tokenizer, replace_card, without_telemetry
@@ -79,7 +80,7 @@ def train(config: "SuperHFConfig", run: SuperHFRunArguments) -> dict[str, Any]:
     """Train, and leave `final/` (model, tokenizer, card), `training_log.json` and `loss.png` in the output folder.
 
     With an adapter, `final/` holds the model with the adapter merged into it. The rewards on validation prompts are measured
-    before and after.
+    before and after, with intervals.
 
     Returns:
         the content of `training_log.json`.
@@ -128,10 +129,10 @@ def train(config: "SuperHFConfig", run: SuperHFRunArguments) -> dict[str, Any]:
         eval_reward_funcs=held_out or None,
         callbacks=[clock, *watch],
     )
-    before = _evaluation(trainer) if validation else None
+    before, before_intervals = _evaluation(trainer) if validation else (None, None)
     trainer.train(resume_from_checkpoint=checkpoint)
     history = list(trainer.state.log_history)
-    after = _evaluation(trainer) if validation else None
+    after, after_intervals = _evaluation(trainer) if validation else (None, None)
 
     final = trainer.accelerator.unwrap_model(trainer.model)
     log = {
@@ -144,6 +145,7 @@ def train(config: "SuperHFConfig", run: SuperHFRunArguments) -> dict[str, Any]:
         "seed": config.seed,
         "before": before,
         "after": after,
+        "intervals": {"before": before_intervals, "after": after_intervals},
         "history": history,
         "run": vars(run).copy(),
         "arguments": config.to_dict(),
@@ -266,11 +268,16 @@ def _adapter(run: SuperHFRunArguments) -> Any:
     )
 
 
-def _evaluation(trainer: Any) -> dict[str, float]:
-    """Metrics on the validation prompts; TRL adds those of the rewards when it logs."""
+def _evaluation(trainer: Any) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Metrics on the validation prompts, and 95 % bootstrap intervals over prompts of those that are rewards.
+
+    TRL adds the metrics of the rewards when it logs.
+    """
     trainer.evaluate()
     entry = trainer.state.log_history[-1]
-    return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+    scored = {name: values[~values.isnan()] for name, values in trainer.prompt_rewards.items()}
+    intervals = {name: mean_interval(values) for name, values in scored.items() if len(values)}
+    return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}, intervals
 
 
 def superhf_card(name: str, log: dict[str, Any]) -> str:

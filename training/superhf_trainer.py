@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import RLOOTrainer
 from trl.data_utils import is_conversational
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -114,12 +115,14 @@ class SuperHFTrainer(RLOOTrainer):
         tokenizers = _tokenizers(reward_processing_classes, training, "reward_processing_classes")
         tokenizers += _tokenizers(eval_reward_processing_classes, held_out, "eval_reward_processing_classes")
 
+        if isinstance(model, str):
+            model = _loaded_if_foreign(model, args)
         # TRL makes the reference from a path on disk; a model that was passed is copied instead
         own_forward = None if isinstance(model, str) else vars(_base(model)).get("forward")
         copies = args.beta > 0 and not isinstance(model, str) and not is_peft_model(model) and peft_config is None
-        reference = _copied(model, args.beta) if copies else None
+        reference = copied_reference(model, args.beta) if copies else None
         hidden = {"beta": 0.0, "sync_ref_model": False} if copies else {}
-        with _overridden(args, reward_weights=[*weights, *[0.0] * len(held_out)], **hidden):
+        with overridden(args, reward_weights=[*weights, *[0.0] * len(held_out)], **hidden):
             super().__init__(
                 model=model,
                 reward_funcs=rewards,
@@ -144,6 +147,8 @@ class SuperHFTrainer(RLOOTrainer):
         self.completion_filter: CompletionFilter = _completion_filter(args)
         self._restore_forward(own_forward)
         self._num_generated = {"train": 0, "eval": 0}
+        # of the last evaluation, by the names of the metrics: each prompt's mean reward, [prompts] in parts
+        self._prompt_rewards: dict[str, list[torch.Tensor]] = {}
         if args.kl_chunked and not _has_plain_head(self.model):
             logger.warning(
                 f"kl_chunked: {type(_base(self.model)).__name__} has no plain linear head, or an adapter of virtual tokens; the "
@@ -186,6 +191,15 @@ class SuperHFTrainer(RLOOTrainer):
             base.forward = own_forward
         elif not hasattr(base, "_hf_hook"):  # else split over devices while it was loaded
             vars(base).pop("forward", None)
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        self._prompt_rewards = {}
+        return super().evaluate(*arguments, **options)
+
+    @property
+    def prompt_rewards(self) -> dict[str, torch.Tensor]:
+        """Rewards in the last evaluation under the names of their metrics, the mean of each prompt's completions: [prompts]."""
+        return {name: torch.cat(parts) for name, parts in self._prompt_rewards.items()}
 
     def _generate_single_turn(self, *arguments: Any) -> Any:
         # dropout would make the samples those of another policy; vLLM has none and reads the mode
@@ -362,11 +376,16 @@ class SuperHFTrainer(RLOOTrainer):
                 "min_new_tokens in generation_kwargs, and that stop_regex does not match the beginning of a completion"
             )
         totals = self._weighted(rewards)
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        each = {"reward": totals}
         for i, name in enumerate(self.reward_func_names):
             group = "rewards" if i < self.num_training_rewards else f"rewards_{HELD_OUT}"
+            each[f"{group}/{name}/mean"] = rewards[:, i]
             metrics[f"{group}/{name}/mean"].append(rewards[:, i].nanmean().item())
             metrics[f"{group}/{name}/std"].append(nanstd(rewards[:, i]).item())
-        size = self.num_generations if mode == "train" else self.num_generations_eval
+        if mode == "eval":
+            for name, values in each.items():
+                self._prompt_rewards.setdefault(name, []).append(values.view(-1, size).nanmean(1).cpu())
         spread = totals.view(-1, size).nan_to_num(nan=torch.inf).amin(1), totals.view(-1, size).nan_to_num(nan=-torch.inf).amax(1)
         metrics["reward"].append(totals.nanmean().item())
         metrics["reward_std"].append(nanstd(totals).item())
@@ -464,7 +483,17 @@ def _check_tokenizer(processing_class: Any) -> None:
         )
 
 
-def _copied(model: nn.Module, beta: float) -> Any:
+def _loaded_if_foreign(name: str, args: SuperHFConfig) -> Any:
+    """The name of a model; the model itself where its architecture is none of transformers', as BASED's: TRL fails on those."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    if any(hasattr(transformers, architecture) for architecture in config.architectures or ()) or hasattr(config, "auto_map"):
+        return name
+    options = dict(args.model_init_kwargs or {})
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": "float32", **options})
+
+
+def copied_reference(model: nn.Module, beta: float) -> Any:
+    """A frozen copy of a model, for a prior of weight `beta`. Raises `ValueError` where it cannot be copied."""
     try:
         return copy.deepcopy(model).requires_grad_(False).eval()
     except Exception as error:
@@ -523,7 +552,8 @@ def _without_input_hook(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _overridden(args: Any, **values: Any) -> Iterator[None]:
+def overridden(args: Any, **values: Any) -> Iterator[None]:
+    """Other values of some attributes, for a while."""
     before = {name: getattr(args, name) for name in values}
     for name, value in values.items():
         setattr(args, name, value)
@@ -534,4 +564,4 @@ def _overridden(args: Any, **values: Any) -> Iterator[None]:
             setattr(args, name, value)
 
 
-__all__ = ["SuperHFTrainer"]
+__all__ = ["SuperHFTrainer", "copied_reference", "overridden"]

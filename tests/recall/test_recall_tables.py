@@ -20,12 +20,15 @@ VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}
 def tables(monkeypatch):
     """The script as Python would run it: with its own folder on the path."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    monkeypatch.delitem(sys.modules, "performance_tables", raising=False)
+    shared = ("performance_tables", "page_sections")
+    for name in shared:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location("recall_tables", ROOT / "scripts" / "recall_tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    sys.modules.pop("performance_tables", None)
+    for name in shared:
+        sys.modules.pop(name, None)
 
 
 def store(folder, name, **content):

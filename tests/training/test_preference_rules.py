@@ -53,6 +53,7 @@ def test_each_rule_scores_what_it_says(rule, completion, score):
 
 def test_reward_is_the_weighted_mean_of_the_rules_for_texts_and_conversations():
     assert sum(WEIGHTS.values()) == pytest.approx(1) and WEIGHTS.keys() == RULES.keys()
+    assert WEIGHTS["answers_from_record"] > 0.5, "a right value outweighs all form"
     completions = [" 94,393\n", " 94,394\n"]
     rewards = rule_reward(prompts=[PROMPT] * 2, completions=completions, answer=["94,393"] * 2, completion_ids=None)
     assert rewards == pytest.approx([1, 1 - WEIGHTS["answers_from_record"]])

@@ -80,7 +80,11 @@ def test_run_leaves_a_model_with_card_and_log(straight, tiny_model_dir):
     card = (folder / "final" / "README.md").read_text()
     assert (folder / "README.md").read_text() == card
     assert "4 steps on 4 prompts" in card and f"| held-out reward | {RULES} |" in card
-    assert f"| rewards_held_out/rule_reward/mean | {log['before']['rewards_held_out/rule_reward/mean']:.4g} |" in card
+    for when in ("before", "after"):
+        for name in ("reward", "rewards/rewarder/mean", "rewards_held_out/rule_reward/mean"):
+            low, high = log["intervals"][when][name]
+            assert low <= log[when][name] <= high and (low < high or "rule" in name)
+            assert f"{log[when][name]:.4g} ({low:.4g} to {high:.4g}) |" in card
 
 
 def test_resumed_run_repeats_the_losses(straight, tmp_path):

@@ -312,6 +312,15 @@ def test_based_generates_within_training(mini_tokenizer, superhf_args, adapter, 
         assert ids == generated[text][: len(ids)]
 
 
+def test_a_based_model_is_loaded_by_its_folder(tiny_model_dir, superhf_args):
+    args = superhf_args(beta=0.1, max_steps=1, generation_kwargs={"min_new_tokens": 2})
+    trainer = SuperHFTrainer(str(tiny_model_dir), length_reward, args, prompts())
+    trainer.train()
+    assert type(trainer.model).__name__ == "BasedForCausalLM" and trainer.model.dtype == torch.float32
+    changed = zip(trainer.model.parameters(), trainer.ref_model.parameters(), strict=True)
+    assert any(not value.equal(other) for value, other in changed), "the reference is a copy that stays"
+
+
 def test_stops_when_the_reward_is_exploited_and_follows_a_moving_reference(tiny_llama, mini_tokenizer, superhf_args):
     callback = RewardHackingCallback(max_reward_gap=-1e9)
     args = superhf_args(max_steps=5, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)

@@ -1,10 +1,11 @@
-"""`geobased train preferences`, `reward` and `superhf`: each hands its arguments to a training module."""
+"""`geobased train preferences`, `reward` and `superhf`: each hands its arguments to a training module; and the comparison."""
 
 from typing import Any
 
 import typer
 
-from .train import add_training, run_training
+from .train import add_training, app, run_training
+from .train_superhf_experiment import add_experiment
 
 PREFERENCES_EXAMPLES = (
     "geobased train preferences --output preferences",
@@ -68,3 +69,4 @@ def register() -> None:
     add_training("preferences", preferences, PREFERENCES_EXAMPLES)
     add_training("reward", reward, REWARD_EXAMPLES)
     add_training("superhf", superhf, SUPERHF_EXAMPLES)
+    add_experiment(app)
