@@ -10,7 +10,7 @@ from typing import Any
 from page_sections import Section, fill_page, link_to_results, markdown_table, measured_on, over_seeds, page_sections
 from performance_tables import RESULTS, ROOT, number, plot
 
-from geobased.training.superhf_experiment_settings import NAMES, POLICIES
+from geobased.training.superhf_experiment_settings import NAMES, POLICIES, VALIDATION
 from geobased.training.superhf_experiment_verdicts import MEASURES, measures, summary
 
 PAGE = ROOT / "docs" / "superhf.md"
@@ -26,6 +26,7 @@ COLUMNS = {
     "mean_length": ("tokens", ".1f"),
     "kl": ("KL", ".3f"),
 }
+TRIED = {key: COLUMNS[key][1] for key in ("reward", "held_out_reward", "rule_reward", "answers_from_record", "kl")}
 COSTS = {"completions": ("sampled", ",.0f"), "training_seconds": ("training, s", ",.0f")}
 
 
@@ -106,14 +107,19 @@ def verdict_table(results: dict[str, Any]) -> str:
 
 
 def tried_table(results: dict[str, Any]) -> str:
-    """The first seed's training reward on validation prompts; the chosen settings are bold."""
-    tried: dict[tuple[str, str], list[str]] = {}
+    """What the first seed's runs came to with each setting; the chosen ones are bold."""
+    table = []
     for row in results["rows"]:
         if row["seed"] == 0 and row["options"] and row["arm"] != "kl_sweep":
-            reward = "diverged" if row["validation_reward"] is None else f"{row['validation_reward']:.2f}"
-            text = f"{_options(row)}: {reward}"
-            tried.setdefault((row["policy"], row["arm"]), []).append(f"**{text}**" if row["chosen"] else text)
-    return markdown_table(["arm", "reward by settings"], [[f"{NAMES[arm]}, {p}", "; ".join(t)] for (p, arm), t in tried.items()])
+            own: dict[str, Any] = {} if row.get("diverged") else measures(row)
+            forms = {name: COLUMNS[key][1] for key, name in VALIDATION.items()} | TRIED
+            found = {**row, **own}
+            values = ["" if found.get(key) is None else f"{found[key]:{form}}" for key, form in forms.items()]
+            values[0] = "diverged" if row.get("diverged") else values[0]
+            setting = f"**{_options(row)}**" if row["chosen"] else _options(row)
+            table.append([f"{NAMES[row['arm']]}, {row['policy']}", setting, *values])
+    titles = [*(f"{COLUMNS[key][0]}, validation" for key in VALIDATION), *(COLUMNS[key][0] for key in TRIED)]
+    return markdown_table(["arm", "setting", *titles], table)
 
 
 def _options(row: dict[str, Any]) -> str:

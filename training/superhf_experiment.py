@@ -3,7 +3,7 @@
 Two policies of equal size, BASED and a Llama, are asked for facts that stand in their prompt. A reward model, made from the
 first half of the preferences (`preference_rules`), is what every arm sees; its twin, made from the second half, and the rules
 themselves measure on held-out places what was learnt. Arms that sample see equally many completions; of learning rates and KL
-weights the first seed finds the best, by the training reward on validation prompts.
+weights the first seed finds the best, by the held-out reward on validation prompts.
 
 Parts are done by processes side by side. Each finished part is a file, and `results.json` is written after each; a later call
 with the same settings does what is missing.

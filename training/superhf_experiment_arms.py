@@ -120,7 +120,7 @@ def train_arm(
         deadline: of `time.time`.
 
     Returns:
-        "curve", "each" (rewards of every test prompt), "validation_reward", "completions" and "tokens" that were sampled for
+        "curve", "each" (rewards of every test prompt), those of `VALIDATION`, "completions" and "tokens" that were sampled for
         training, and "training_seconds".
 
     Raises:
@@ -160,7 +160,7 @@ def train_arm(
     return {
         "curve": curve.points,
         "each": curve.each,
-        "validation_reward": evaluator.mean_reward(model, [row["prompt"] for row in data.validation]),
+        **evaluator.validation_rewards(model, [row["prompt"] for row in data.validation]),
         "completions": counts[0],
         "tokens": counts[1],
         # what DPO samples before it begins belongs to its cost

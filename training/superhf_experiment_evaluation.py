@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from geobased.training.perplexity import exp_or_infinity, mean_loss
 from geobased.training.preference_rules import RULES, rule_scores, total_score
 from geobased.training.reward_models import RewardModelScorer
-from geobased.training.superhf_experiment_settings import ExperimentSettings
+from geobased.training.superhf_experiment_settings import VALIDATION, ExperimentSettings
 from geobased.training.superhf_loss import predict, selected_texts, superhf_loss
 from geobased.training.superhf_metrics import distinct_n, meteor_similarity
 
@@ -111,12 +111,12 @@ class Evaluator:
         best = torch.tensor(scores).view(-1, number).argmax(1).tolist()
         return [group[i] for group, i in zip(groups, best, strict=True)]
 
-    def mean_reward(self, model: Any, prompts: Sequence[str]) -> float:
-        """Mean training reward of one completion for each prompt."""
+    def validation_rewards(self, model: Any, prompts: Sequence[str]) -> dict[str, float]:
+        """Means of one completion for each prompt, by the names in `VALIDATION`."""
         with torch.random.fork_rng():
             texts = decoded(self.tokenizer, self.best_completions(model, prompts, 1))
-        scores = self.reward(prompts, texts)
-        return sum(scores) / len(scores)
+        scores = {name: getattr(self, reward)(prompts, texts) for reward, name in VALIDATION.items()}
+        return {name: sum(values) / len(values) for name, values in scores.items()}
 
     def measure(self, model: Any, number: int = 1) -> tuple[dict[str, Any], dict[str, list[float]]]:
         """Means over the test prompts, and the rewards of each.

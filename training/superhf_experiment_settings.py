@@ -21,6 +21,9 @@ ARMS = tuple(NAMES)
 # of the second policy, which is there to see whether the architecture matters
 LLAMA_ARMS = ("base", "best_of_n", "superhf", "rloo")
 UNTRAINED = ("base", "best_of_n")
+# what a row tells about the validation prompts, and by which of it settings are chosen
+VALIDATION = {"reward": "validation_reward", "held_out_reward": "validation_held_out_reward"}
+CHOSEN_BY = VALIDATION["held_out_reward"]
 
 Options = Mapping[str, float]
 
@@ -34,7 +37,7 @@ class LlamaTwin:
     num_attention_heads: int = 8
     num_parameters: int = 6_700_288
     """The width of the MLPs makes up for what the attention takes."""
-    steps: int = 700
+    steps: int = 1500
     batch_size: int = 64
     context_length: int = 1024
     num_short: int = 30_000
@@ -60,12 +63,12 @@ class ExperimentSettings:
     kl_weight: float = 0.35
     """SuperHF's `beta`, as published."""
     kl_sweep: tuple[float, ...] = (0.0, 0.05, 0.2, 1.0)
-    superhf_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    superhf_learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
     rloo_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     rloo_kl_weights: tuple[float, ...] = (0.0, 0.05)
     dpo_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     dpo_beta: float = 0.1
-    sft_learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    sft_learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     num_pairs: int = 4000
     """Of each half of the training places."""
     num_held_out_pairs: int = 500
@@ -158,13 +161,16 @@ def check_choice(names: Sequence[str], known: Sequence[str], option: str) -> Non
 
 
 def chosen_options(settings: ExperimentSettings, rows: Sequence[Mapping[str, Any]], policy: str, arm: str) -> Options | None:
-    """The candidate whose first seed has the highest training reward on the validation prompts; None until all were tried."""
+    """The candidate whose first seed has the highest held-out reward on the validation prompts; None until all were tried.
+
+    By the training reward, settings under which the reward model is exploited would be chosen.
+    """
     tried = [row for row in rows if (row["policy"], row["arm"], row["seed"]) == (policy, arm, 0)]
     wanted = candidates(settings, arm)
     found = [row for options in wanted for row in tried if row["options"] == options]
     if len(found) < len(wanted):
         return None
-    rewards = [-math.inf if row["validation_reward"] is None else row["validation_reward"] for row in found]  # None: it diverged
+    rewards = [-math.inf if row[CHOSEN_BY] is None else row[CHOSEN_BY] for row in found]  # None: it diverged
     return found[rewards.index(max(rewards))]["options"]
 
 
@@ -222,12 +228,14 @@ def num_runs(settings: ExperimentSettings, arms: Sequence[str] = ARMS, policies:
 __all__ = [
     "ARMS",
     "BASED",
+    "CHOSEN_BY",
     "LLAMA",
     "LLAMA_ARMS",
     "NAMES",
     "POLICIES",
     "PRESETS",
     "UNTRAINED",
+    "VALIDATION",
     "ExperimentSettings",
     "LlamaTwin",
     "Run",

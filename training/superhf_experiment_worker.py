@@ -20,7 +20,7 @@ from geobased.training.perplexity import perplexity_windows
 from geobased.training.preference_rules import FILES
 from geobased.training.reward_models import read_preferences
 from geobased.training.reward_training import load_tokenizer, without_telemetry
-from geobased.training.superhf_experiment_settings import BASED, POLICIES, UNTRAINED, Run
+from geobased.training.superhf_experiment_settings import BASED, POLICIES, UNTRAINED, VALIDATION, Run
 from geobased.training.superhf_experiment_stages import (
     HELD_OUT_REWARD,
     REWARD,
@@ -32,6 +32,7 @@ from geobased.training.superhf_experiment_stages import (
 from geobased.training.superhf_run import read_prompts
 from geobased.training.text_files import read_text
 
+NOT_VALIDATED: dict[str, None] = dict.fromkeys(VALIDATION.values())
 # of the documents for perplexity, which are of held-out places; and the windows in which it is taken
 PERPLEXITY_SEED, PERPLEXITY_CONTEXT = 104, 512
 
@@ -79,7 +80,7 @@ def do_run(job: Job, run: Run) -> dict[str, Any]:
         torch.manual_seed(run.seed)
         number = job.settings.num_generations if run.arm == "best_of_n" else 1
         measured, each = evaluator.measure(evaluator.base, number)
-        facts = {"completions": 0, "tokens": 0, "training_seconds": 0.0, "validation_reward": None}
+        facts = {"completions": 0, "tokens": 0, "training_seconds": 0.0, **NOT_VALIDATED}
         return {**row, **facts, "completions_per_answer": number, "curve": [{"step": 0, **measured}], "each": each}
     # as many as the arms that sample have prompts
     preferences = read_preferences([job.data / FILES["first"]])[: job.settings.steps * job.settings.prompts_per_step]
@@ -89,7 +90,7 @@ def do_run(job: Job, run: Run) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as unused:
             result = train_arm(run, _model(job, run.policy), data, evaluator, unused, job.deadline)
     except FloatingPointError as error:
-        return {**row, "diverged": str(error), "validation_reward": None}
+        return {**row, "diverged": str(error), **NOT_VALIDATED}
     return row | result
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("nltk")
 
 from geobased.training import superhf_experiment
 from geobased.training.superhf_experiment import load_results, run_experiment
-from geobased.training.superhf_experiment_settings import ARMS, BASED, LLAMA, PRESETS, LlamaTwin, num_runs
+from geobased.training.superhf_experiment_settings import ARMS, BASED, CHOSEN_BY, LLAMA, PRESETS, LlamaTwin, num_runs
 
 SMALL = replace(
     PRESETS["smoke"],
@@ -134,7 +134,7 @@ def test_divergence_is_a_result(based, finished):
     row = do_run(job, Run(BASED, "sft", 0, (("learning_rate", float("inf")),)))
     assert row["diverged"] == "diverged at step 1"
     settings = replace(SMALL, sft_learning_rates=(float("inf"), 1e-4))
-    other = {"policy": BASED, "arm": "sft", "seed": 0, "options": {"learning_rate": 1e-4}, "validation_reward": -5.0}
+    other = {"policy": BASED, "arm": "sft", "seed": 0, "options": {"learning_rate": 1e-4}, CHOSEN_BY: -5.0}
     assert chosen_options(settings, [row, other], BASED, "sft") == {"learning_rate": 1e-4}
 
 

@@ -12,7 +12,16 @@ pytest.importorskip("matplotlib")
 
 from geobased.training.bootstrap import difference_interval, mean_interval
 from geobased.training.superhf_experiment_plots import plot_experiment
-from geobased.training.superhf_experiment_settings import BASED, LLAMA, PRESETS, candidates, num_runs, planned_runs
+from geobased.training.superhf_experiment_settings import (
+    BASED,
+    CHOSEN_BY,
+    LLAMA,
+    PRESETS,
+    VALIDATION,
+    candidates,
+    num_runs,
+    planned_runs,
+)
 from geobased.training.superhf_experiment_verdicts import (
     FAILS,
     HOLDS,
@@ -48,7 +57,8 @@ def row(policy, arm, seed, options, extra=0.0, **more):
     end |= {"similarity": levels["similarity"] + 0.01 * seed, "distinct_2": 0.5, "mean_length": 6.0, "kl": 0.1}
     end["perplexity"] = {"held_out_documents": 5.0}
     curve = [{**end, "step": step} for step in ([0] if arm in ("base", "best_of_n") else [0, SETTINGS.steps])]
-    facts = {"completions": 7680, "tokens": 90_000, "training_seconds": 30.0, "validation_reward": levels["reward"] + extra}
+    facts = {"completions": 7680, "tokens": 90_000, "training_seconds": 30.0}
+    facts |= {name: levels[key] + extra for key, name in VALIDATION.items()}
     names = {"policy": policy, "arm": arm, "seed": seed, "options": options, "completions_per_answer": 1}
     return {**names, **facts, "curve": curve, "each": each, **more}
 
@@ -65,7 +75,7 @@ def rows():
         tried = candidates(SETTINGS, arm)
         for number, options in enumerate(tried):
             diverged = number and number == len(tried) - 1
-            more = {"diverged": "diverged at step 3", "validation_reward": None} if diverged else {}
+            more = {"diverged": "diverged at step 3", **dict.fromkeys(VALIDATION.values())} if diverged else {}
             found.append(row(BASED, arm, 0, options, 0.0 if number == len(tried[:2]) - 1 else -0.3, **more))
         found += [row(BASED, arm, seed, tried[len(tried[:2]) - 1]) for seed in (1, 2)]
     return marked_rows(SETTINGS, found)
@@ -76,7 +86,7 @@ def test_runs_begin_in_the_order_of_their_importance_and_wait_for_choices(rows):
     assert {run.seed for run in first} == {0} and first[0].arm == "superhf" and first[-1].policy == LLAMA
     assert "kl_sweep" not in {run.arm for run in first}, "its learning rate is not chosen yet"
     names = {"policy": BASED, "arm": "superhf", "seed": 0}
-    tried = [names | {"options": options, "validation_reward": i} for i, options in enumerate(candidates(SETTINGS, "superhf"))]
+    tried = [names | {"options": options, CHOSEN_BY: i} for i, options in enumerate(candidates(SETTINGS, "superhf"))]
     then = planned_runs(SETTINGS, tried)
     assert {run.options[0][1] for run in then if run.arm == "kl_sweep"} == {SETTINGS.superhf_learning_rates[-1]}
     assert [run.arm for run in planned_runs(SETTINGS, rows, policies=[BASED])] == []
@@ -177,5 +187,6 @@ def test_tables_come_from_the_results(tables, results, tmp_path):
     assert "The reward model tells 81.0 % of 500 held-out pairs apart (78.0 to 84.0), wrong values 70.0 %" in text
     assert "| SuperHF, β = 0 | 3 | 1.5" in text and "| RLOO | 3 |" in text and "| 7,680 ± 0 | 30 ± 0 |" in text
     assert "| SuperHF is better than DPO by the rules (based-mini) | reward of the rules | -0.200 |" in text
-    assert "**rate 0.0003, β 0.35: 1.00**" in text and "rate 0.001, β 0.35: diverged" in text
-    assert "- based-mini, SFT, rate 0.001, seed 0: diverged at step 3" in text and "exact and stem matches" in text
+    assert "| SuperHF, based-mini | **rate 0.0001, β 0.35** | 1.00 | 0.90 |" in text
+    assert "| rate 0.001, β 0.35 | diverged |" in text
+    assert "- based-mini, SFT, rate 0.0003, seed 0: diverged at step 3" in text and "exact and stem matches" in text
