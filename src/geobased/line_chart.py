@@ -28,6 +28,14 @@ def ticks(largest: float) -> list[float]:
     return [step * i for i in range(math.ceil(largest / step - 1e-9) + 1)]
 
 
+def y_axis(lowest: float, largest: float) -> list[float]:
+    """Round numbers that hold all values and 0."""
+    if lowest >= 0:
+        return ticks(largest)
+    below = [-tick for tick in reversed(ticks(-lowest))]
+    return below if largest <= 0 else below + ticks(largest)[1:]
+
+
 def line_chart(
     title: str, lines: Sequence[Line], x_label: str, x_largest: float, y_text: Callable[[float], str], summary: str
 ) -> str:
@@ -37,18 +45,19 @@ def line_chart(
         title: shown above it.
         lines: drawn in order; one without points is left out.
         x_label: of the horizontal axis, which goes from 0 to `x_largest`.
-        y_text: writes a number of the vertical axis, which goes from 0 to the largest y.
+        y_text: writes a number of the vertical axis, which goes from 0, or from the lowest y below it, to the largest.
         summary: what the chart shows, for those who do not see it.
     """
     x_ticks = [tick for tick in ticks(x_largest) if tick <= x_largest * 1.001]
-    y_ticks = ticks(max((y for line in lines for _, y in line.points), default=0))
+    values = [y for line in lines for _, y in line.points]
+    y_ticks = y_axis(min(values, default=0), max(values, default=0))
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x_of(x: float) -> float:
         return LEFT + (right - LEFT) * x / x_largest
 
     def y_of(y: float) -> float:
-        return bottom - (bottom - TOP) * y / y_ticks[-1]
+        return bottom - (bottom - TOP) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
 
     parts = []
     for tick in y_ticks:
@@ -56,7 +65,7 @@ def line_chart(
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(y_text(tick))}</text>')
     for tick in x_ticks:
-        parts.append(f'<text x="{x_of(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,.0f}</text>')
+        parts.append(f'<text x="{x_of(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,.10g}</text>')
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     for line in lines:
         if line.points:
