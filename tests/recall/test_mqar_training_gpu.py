@@ -12,7 +12,8 @@ SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=2, batch_size=64, precisi
 
 @pytest.fixture(scope="module")
 def examples() -> tuple[list[Examples], list[Examples]]:
-    segments = [Segment(16, 2, 512), Segment(64, 4, 512)]
+    # two chunks and more: the forms for one are compiled apart
+    segments = [Segment(64, 4, 512), Segment(128, 8, 512)]
     return generate_examples(segments, [1, 2], 128, progress=False), generate_examples(segments, [3, 4], 128, progress=False)
 
 
