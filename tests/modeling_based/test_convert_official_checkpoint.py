@@ -48,23 +48,23 @@ def test_logits(converted, golden, dtype, name, tolerance):
     assert (logits - golden[f"logits_{name}"]).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("name", ["fp64", "fp32"])
-def test_every_layer(converted, golden, name):
-    dtype, tolerance = (torch.float64, 1e-9) if name == "fp64" else (torch.float32, 2e-4)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+def test_every_layer(converted, golden, dtype, tolerance):
     model = BasedForCausalLM.from_pretrained(converted, dtype=dtype)
     seen = {}
     parts = {"input_layernorm": "norm1", "mixer": "mixer", "post_mixer_layernorm": "norm2", "mlp": "mlp"}
     for i, layer in enumerate(model.model.layers):
         for ours, theirs in parts.items():
 
-            def hook(module, args, output, key=f"{name}.layers.{i}.{theirs}_out"):
+            def hook(module, args, output, key=f"fp64.layers.{i}.{theirs}_out"):
                 seen[key] = output[0] if isinstance(output, tuple) else output
 
             getattr(layer, ours).register_forward_hook(hook)
     with torch.no_grad():
-        seen[f"{name}.ln_f_out"] = model.model(golden["input_ids"]).last_hidden_state
+        seen["fp64.ln_f_out"] = model.model(golden["input_ids"]).last_hidden_state
     for key, value in seen.items():
-        assert (value - golden[key]).abs().max() < tolerance, key
+        # of the first sequence
+        assert (value[:1] - golden[key]).abs().max() < tolerance, key
     assert len(seen) == 4 * 6 + 1
 
 
