@@ -29,9 +29,9 @@ def attention_as_sum(sumformer: SumformerMixer, mixer: str, num_elements: int) -
     """A Transformer, Linformer or Performer whose one attention layer is the sum of a given Sumformer.
 
     The residual stream has channels for x, phi(x), the sum and the output. The first block's attention is switched off (its
-    output projection is 0), and its MLP is phi. In the second block W_Q = W_K = 0, so that all weights are 1 / n, whichever attention
-    it is: softmax of equal scores is uniform, the random features of 0 are equal, and Linformer's projections are given rows of
-    1 / n. W_V takes phi, W_O writes n times the mean, and the MLP is psi.
+    output projection is 0), and its MLP is phi. In the second block W_Q = W_K = 0, so that all weights are 1 / n, whichever
+    attention it is: softmax of equal scores is uniform, the random features of 0 are equal, and Linformer's projections are
+    given rows of 1 / n. W_V takes phi, W_O writes n times the mean, and the MLP is psi.
 
     The cost of the model is that of phi and psi, not of attention: the hidden layers are as wide as theirs.
 

@@ -100,7 +100,7 @@ class SumformerConfig(PreTrainedConfig):
             causal, if not given.
         hidden_act (`str`, defaults to `"gelu"`), hidden_dropout (`float`, defaults to 0.0), layer_norm_eps (`float`, defaults to
             1e-5), initializer_range (`float`, defaults to 0.02): as in BERT, but that `initializer_range` is for embeddings
-            alone; linear layers start with a variance of 1 / fan-in.
+            alone; linear layers start uniform within 1 / sqrt(fan-in), those that write to the residual smaller.
 
     Raises `ValueError` for values that cannot make a model; the message names the value.
 

@@ -21,9 +21,9 @@ class DiscreteSumformer:
     """A piecewise constant Sumformer with d' = 1, in exact integers.
 
     [0, 1]^d is cut into equal cells. phi(x) = (n + 1)^(number of x's cell), so the digits of the sum in base n + 1 are the
-    numbers of elements in the cells. psi decodes them, puts the elements in the centres of their cells, and evaluates the function
-    there. phi and psi are not continuous; the sum has num_cells * log2(n + 1) bits, which is why Python's integers are used
-    and why this is no layer.
+    numbers of elements in the cells. psi decodes them, puts the elements in the centres of their cells, and evaluates the
+    function there. phi and psi are not continuous; the sum has num_cells * log2(n + 1) bits, which is why Python's integers
+    are used and why this is no layer.
 
     Args:
         function: [n, d] -> [n, ...], permutation equivariant: the function to approximate.

@@ -51,7 +51,8 @@ class SumformerFourierFeatures(nn.Module):
     def __init__(self, config: SumformerConfig):
         super().__init__()
         self.frequencies = nn.Linear(config.hidden_size, config.latent_size // 2, bias=False)
-        self.frequencies.initial_scale = config.fourier_scale  # type: ignore[assignment]
+        # uniform with a variance of fourier_scale^2 / fan-in
+        self.frequencies.initial_scale = 3**0.5 * config.fourier_scale  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         phases = self.frequencies(x)

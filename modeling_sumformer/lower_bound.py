@@ -45,8 +45,8 @@ def find_collision(
     """Two different sets of numbers in [0, 1] whose sums of phi are the same: possible for every smooth phi too narrow.
 
     The sum of d' features of m free elements has a derivative of rank at most d'. If d' < m, there is a direction in which the
-    sum does not change to first order; steps along it, each corrected by Newton's method, follow a curve on which the sum is constant
-    and the set is not.
+    sum does not change to first order; steps along it, each corrected by Newton's method, follow a curve on which the sum is
+    constant and the set is not.
 
     Args:
         phi: [n] -> [n, d'], differentiable, applied to each number by itself, float64.

@@ -105,12 +105,13 @@ class SumformerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            std = getattr(module, "initial_scale", 1.0) * module.in_features**-0.5
+            # biases are drawn, too: without them the first norm takes away the length of feature vectors, and phi starts odd
+            bound = getattr(module, "initial_scale", 1.0) * module.in_features**-0.5
             if getattr(module, "writes_to_residual", False) and self.config.use_residual:
-                std /= math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.weight, mean=0.0, std=std)
+                bound /= math.sqrt(2 * self.config.num_hidden_layers)
+            init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
-                init.zeros_(module.bias)
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, LinformerMixer | PerformerMixer):
             module.reset_parameters()
         else:
