@@ -17,9 +17,9 @@ class RunningSumLayer(LinearAttentionLayer):
     def state(self) -> torch.Tensor | None:
         return self.recurrent_states[0]
 
-    def update(self, state: torch.Tensor) -> None:  # type: ignore[override]
+    def set_state(self, state: torch.Tensor) -> None:
         """Puts a state in the place of the old one."""
-        self.dtype, self.device = state.dtype, state.device
+        self.dtype, self.device = state.dtype, state.device  # type: ignore[assignment]
         self.recurrent_states[0] = state
         self.is_recurrent_states_initialized[0] = True
 

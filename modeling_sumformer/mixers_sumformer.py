@@ -70,7 +70,7 @@ class SumformerMixer(nn.Module):
             layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             sums = prefix_sums(summands, None if layer is None else layer.state, self.chunk_size)
             if layer is not None and x.shape[1]:
-                layer.update(sums[:, -1].clone())  # a view would keep all prefixes
+                layer.set_state(sums[:, -1].clone())  # a view would keep all prefixes
         else:
             sums = summands.sum(1, keepdim=True)
         pooled = aggregate(sums[..., :-1], sums[..., -1:], self.aggregation).to(features.dtype)
@@ -158,6 +158,9 @@ class LinformerMixer(AttentionMixer):
 class PerformerMixer(AttentionMixer):
     """FAVOR+ attention; its random projection is saved with the weights."""
 
+    projection: torch.Tensor
+    num_draws: torch.Tensor
+
     def __init__(self, config: SumformerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.num_features, self.scaling, self.seed = config.num_random_features, config.performer_scaling, config.performer_seed
@@ -194,7 +197,7 @@ class PerformerMixer(AttentionMixer):
             initial_state=layer.state,
             output_final_state=True,
         )
-        layer.update(state)
+        layer.set_state(state)
         return y
 
 

@@ -164,7 +164,7 @@ class SumformerModel(SumformerPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         if self.config.input_type != "ids":
             raise ValueError("this model reads feature vectors (input_type='features') and has no embedding to set")
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -447,7 +447,7 @@ class SumformerForTokenClassification(SumformerPreTrainedModel):
         labels [batch, n] are classes (-100 is ignored), or [batch, n] or [batch, n, num_labels] numbers in a regression. Elements
         that attention_mask leaves out do not count.
         """
-        kwargs["use_cache"] = False  # type: ignore[typeddict-unknown-key]
+        kwargs["use_cache"] = False
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

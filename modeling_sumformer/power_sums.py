@@ -255,7 +255,8 @@ class EquivariantPolynomial:
             for product, coefficient in sum_over_distinct(term.others).items():
                 # which factors are -x_i^a instead of p_a
                 for own_part in itertools.product((False, True), repeat=len(product)):
-                    own, kept = term.own, []
+                    own: Exponent = term.own
+                    kept: list[Exponent] = []
                     for exponent, is_own in zip(product, own_part, strict=True):
                         own, kept = (_plus(own, exponent), kept) if is_own else (own, [*kept, exponent])
                     polynomial[own, tuple(kept)] += term.coefficient * coefficient * (-1) ** sum(own_part)
