@@ -115,6 +115,8 @@ class SoftmaxMixer(AttentionMixer):
 
     def attend(self, q, k, v, token_mask=None, key_mask=None, past_key_values=None):
         seq_len = q.shape[2]
+        if seq_len == 0:
+            return v
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if not self.causal:
@@ -170,7 +172,8 @@ class PerformerMixer(AttentionMixer):
 
     def draw(self, number: int) -> torch.Tensor:
         """The `number`-th projection of this layer, the same in every process."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.layer_idx) * 1_000_003 + number)
+        seed = (self.seed * 1_000_003 + self.layer_idx) * 1_000_003 + number
+        generator = torch.Generator().manual_seed(seed % 2**63)
         return orthogonal_random_features(self.num_features, self.head_dim, scaling=self.scaling, generator=generator)
 
     def reset_parameters(self) -> None:
