@@ -73,14 +73,16 @@ def test_elements_outside_the_mask_change_nothing(make_model, variant, real):
     assert torch.allclose(padded[mask], alone[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_rows_without_elements_have_finite_gradients(make_model, make_ids, mixer):
-    model = make_model(mixer, SumformerForSequenceClassification, num_labels=3)
-    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
+@pytest.mark.parametrize(
+    ("mixer", "causal"), [*((mixer, False) for mixer in MIXERS), *((mixer, True) for mixer in CAUSAL_MIXERS)]
+)
+def test_rows_without_elements_have_finite_gradients(make_model, make_ids, mixer, causal):
+    model = make_model(mixer, SumformerForSequenceClassification, num_labels=3, causal=causal)
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])
     logits = model(make_ids(2, 4), attention_mask=mask).logits
     assert torch.equal(logits[1], model.score.bias)
     logits.square().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_sums_are_float32_in_a_half_precision_model(make_model):
