@@ -1,7 +1,7 @@
 """The sequence mixers that the recall experiment compares, each (batch, seq_len, hidden_size) -> the same, all causal.
 
 They are as plain as the task allows: no positions, one norm before each in the layer around them. Taylor linear attention and
-sliding windows run this package's kernels, Mamba-2 and Gated DeltaNet chunked forms in plain PyTorch, which need no other package
+sliding windows run this package's kernels, the other sums and scans chunked forms in plain PyTorch, which need no other package
 and, at these sizes, no kernels.
 """
 
@@ -16,6 +16,9 @@ from torch import nn
 
 from geobased.kernels.sliding_window_attention import sliding_window_attention
 from geobased.kernels.taylor_linear_attention import taylor_linear_attention
+from geobased.modeling_sumformer.configuration_sumformer import SumformerConfig
+from geobased.modeling_sumformer.mixers_sumformer import SumformerMixer
+from geobased.modeling_sumformer.performer import favor_attention, orthogonal_random_features
 
 if TYPE_CHECKING:
     from .modeling_mqar import MQARConfig
@@ -140,6 +143,45 @@ class TaylorLinearAttention(nn.Module):
         mixed = taylor_linear_attention(q, k, v)
         assert isinstance(mixed, torch.Tensor)  # without a final state
         return self.out_proj(mixed.flatten(2))
+
+
+class Performer(CausalAttention):
+    """FAVOR+ with `feature_dim` orthogonal random features a head (Choromanski et al. 2021), drawn once."""
+
+    projection: torch.Tensor
+
+    def __init__(self, config: "MQARConfig"):
+        super().__init__(config)
+        self.register_buffer("projection", torch.empty(config.feature_dim, config.hidden_size // config.num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Features of the global random generator, as the weights are."""
+        self.projection.copy_(orthogonal_random_features(*self.projection.shape))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        mixed = favor_attention(q, k, v, self.projection, causal=True)
+        assert isinstance(mixed, torch.Tensor)  # without a final state
+        return mixed.transpose(1, 2)
+
+
+class Sumformer(SumformerMixer):
+    """psi(x_t, mean of phi(x_k) over k <= t) with a sum of width `feature_dim` (Alberti et al. 2023), and a bilinear psi."""
+
+    def __init__(self, config: "MQARConfig"):
+        super().__init__(
+            SumformerConfig(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.hidden_size,
+                latent_size=config.feature_dim,
+                psi_type="bilinear",
+                aggregation="mean",
+                causal=True,
+            ),
+            layer_idx=0,
+        )
 
 
 def _in_chunks(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -361,6 +403,8 @@ MIXERS: dict[str, type[nn.Module]] = {
     "linear_attention": TaylorLinearAttention,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
+    "performer": Performer,
+    "sumformer": Sumformer,
 }
 
 __all__ = [
@@ -369,8 +413,10 @@ __all__ = [
     "CausalAttention",
     "GatedDeltaNet",
     "Mamba2",
+    "Performer",
     "ShortConvolution",
     "SlidingAttention",
+    "Sumformer",
     "TaylorLinearAttention",
     "causal_depthwise_convolution",
     "fused",

@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from geobased.kernels.cross_entropy import cross_entropy
 
-from .mixers_mqar import MIXERS, BaseConvolution, GatedDeltaNet, Mamba2, ShortConvolution, fused
+from .mixers_mqar import MIXERS, BaseConvolution, GatedDeltaNet, Mamba2, Performer, ShortConvolution, fused
 
 
 @strict
@@ -32,12 +32,13 @@ class MQARConfig(PreTrainedConfig):
         hidden_size (`int`, defaults to 64):
             Width of all layers.
         mixers (`list[str]`):
-            What each layer computes: `"conv"`, `"attention"`, `"sliding_attention"`, `"linear_attention"` (Taylor), `"mamba2"` or
-            `"gated_deltanet"`.
+            What each layer computes: `"conv"`, `"attention"`, `"sliding_attention"`, `"linear_attention"` (Taylor), `"mamba2"`,
+            `"gated_deltanet"`, `"performer"` or `"sumformer"`.
         num_heads (`int`, defaults to 1):
-            Heads of attention, sliding and linear attention.
+            Heads of attention, sliding and linear attention, and Performer.
         feature_dim (`int`, defaults to 16):
-            Width of a head's queries and keys in linear attention.
+            Width of a head's queries and keys in linear attention, number of Performer's random features, width of the
+            Sumformer's sum.
         sliding_window (`int`, defaults to 64):
             Keys that a query of a sliding layer sees, itself included.
         conv_kernel (`int`, defaults to 3):
@@ -142,7 +143,7 @@ class MQARPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, (ShortConvolution, BaseConvolution, Mamba2, GatedDeltaNet)):
+        elif isinstance(module, (ShortConvolution, BaseConvolution, Mamba2, GatedDeltaNet, Performer)):
             module.reset_parameters()
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)

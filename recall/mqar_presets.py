@@ -6,14 +6,12 @@ from typing import Any
 
 from .modeling_mqar import MQARConfig
 from .mqar import FIGURE2_TEST, FIGURE2_TRAIN, Segment
+from .state_size import NOT_CAUSAL
 
 # Mamba-2's is the published one; as many values as channels let Gated DeltaNet's states be as small as BASED's
 EXPAND = {"mamba2": 2, "gated_deltanet": 1}
-# families that wait for mixers which this package does not have
-ABSENT = {
-    "performer": "this package has no causal Performer mixer yet",
-    "sumformer": "this package has no causal Sumformer mixer yet",
-}
+# families that cannot take part
+ABSENT = {family: f"it is not causal: {reason}" for family, reason in NOT_CAUSAL.items()}
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,11 @@ def _recurrent(family: str, alone: Sequence[tuple[int, int]], after_conv: Sequen
     return [Configuration(family, mixers, width, state_size=n, expand=expand) for sizes, mixers in forms for width, n in sizes]
 
 
+def _with_features(family: str, sizes: Sequence[tuple[int, int]]) -> list[Configuration]:
+    """Performers and Sumformers after a convolution: width, and number of random features or width of the sum."""
+    return [Configuration(family, ("conv", family), width, feature_dim=features) for width, features in sizes]
+
+
 def _attention(widths: Sequence[int]) -> list[Configuration]:
     return [Configuration("attention", ("conv", "attention"), width) for width in widths]
 
@@ -118,6 +121,8 @@ FIGURE2 = (
     *_alone(128),
     *_recurrent("mamba2", alone=[(64, 16)], after_conv=[(64, 16), (128, 16), (128, 64), (128, 128)]),
     *_recurrent("gated_deltanet", alone=[], after_conv=[(64, 16), (128, 16), (128, 64), (128, 128)]),
+    *_with_features("performer", [(64, 16), (128, 16), (128, 64), (128, 256)]),
+    *_with_features("sumformer", [(64, 64), (128, 128), (128, 1024)]),
 )
 FIGURE2_QUICK = (
     *_based([(64, 8), (64, 16), (128, 8), (128, 16), (128, 24)]),
@@ -127,6 +132,8 @@ FIGURE2_QUICK = (
     *_alone(128, with_window=False),
     *_recurrent("mamba2", alone=[], after_conv=[(128, 16), (128, 64)]),
     *_recurrent("gated_deltanet", alone=[], after_conv=[(128, 64)]),
+    *_with_features("performer", [(128, 64)]),
+    *_with_features("sumformer", [(128, 128)]),
 )
 
 PRESETS = {
@@ -134,7 +141,7 @@ PRESETS = {
     for preset in (
         Preset(
             "figure2",
-            "All families over their sizes, four learning rates, three seeds: about half an hour on one H200.",
+            "All families over their sizes, four learning rates, three seeds: over half an hour on one H200.",
             FIGURE2,
             learning_rates=(10**-3, 10**-2.5, 10**-2, 10**-1.5),
             seeds=(0, 1, 2),

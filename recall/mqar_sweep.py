@@ -327,7 +327,7 @@ def _train_all(
 
 
 def _relative_cost(mixer: str) -> int:
-    return 3 if mixer in ("mamba2", "gated_deltanet") else 1
+    return 3 if mixer in ("mamba2", "gated_deltanet", "performer") else 1
 
 
 def _earlier_seconds(output_dir: Path) -> float:

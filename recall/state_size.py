@@ -153,6 +153,11 @@ def _layers(config: Any) -> list[tuple[str, dict[str, Any]]]:
         if kinds is None:
             kinds = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
         return [("attention" if kind == "full_attention" else kind, sizes) for kind in kinds]
+    if model_type == "sumformer":
+        features = config.num_random_features if config.mixer == "performer" else config.latent_size
+        mixer = "attention" if config.mixer == "softmax" else config.mixer
+        sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_attention_heads, "feature_dim": features}
+        return [(mixer, sizes)] * config.num_hidden_layers
     mixers = getattr(config, "mixers", None)
     if mixers is None:
         raise ValueError(
@@ -174,12 +179,13 @@ def state_bytes(config: Any, seq_len: int, bytes_per_number: int = 4) -> int:
     """Bytes that all layers of a model keep of one sequence after `seq_len` tokens, as `mixer_state_bytes` counts them.
 
     For a `BasedConfig` that is what `BasedCache.size_bytes` says of a float32 model once the window is full. Before that the
-    cache already holds the whole ring of `sliding_window` keys, and in half precision linear attention's sums stay float32.
+    cache already holds the whole ring of `sliding_window` keys, and in half precision linear attention's sums stay float32. A
+    `SumformerCache` holds one number more a Sumformer layer, how many tokens were summed.
 
     Args:
-        config: a `BasedConfig`; a configuration of transformers' Llama, Mistral, Qwen 2 or Qwen 3; or any object with `mixers`
-            (a name of `MIXERS` a layer), `hidden_size` and, where they are not the defaults, the arguments of
-            `mixer_state_bytes` of the same names (`MIXER_SIZES`).
+        config: a `BasedConfig` or `SumformerConfig`; a configuration of transformers' Llama, Mistral, Qwen 2 or Qwen 3; or any
+            object with `mixers` (a name of `MIXERS` a layer), `hidden_size` and, where they are not the defaults, the arguments
+            of `mixer_state_bytes` of the same names (`MIXER_SIZES`).
         seq_len: tokens so far.
         bytes_per_number: 4 for float32, 2 for half precision.
 
@@ -194,4 +200,4 @@ def state_bytes(config: Any, seq_len: int, bytes_per_number: int = 4) -> int:
     return sum(mixer_state_bytes(mixer, seq_len, bytes_per_number=bytes_per_number, **sizes) for mixer, sizes in _layers(config))
 
 
-__all__ = ["MIXERS", "MIXER_SIZES", "mixer_state_bytes", "state_bytes"]
+__all__ = ["MIXERS", "MIXER_SIZES", "NOT_CAUSAL", "mixer_state_bytes", "state_bytes"]

@@ -34,6 +34,7 @@ REFERENCE = (
     "modeling_based",
     "modeling_streetclip",
     "modeling_pigeon",
+    "modeling_sumformer",
     "pipelines",
     "geography",
     "kernels",
@@ -43,7 +44,10 @@ REFERENCE = (
     "model_cards",
 )
 # where the other modules are machinery of the models
-MODULES = {"modeling_based": ("convert_official_checkpoint", "export")}
+MODULES = {
+    "modeling_based": ("convert_official_checkpoint", "export"),
+    "modeling_sumformer": ("linformer", "performer", "theory"),
+}
 # of kernels' modules, as their package has it
 PRIVATE_SUFFIXES = ("_triton", "_launch", "_configs")
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")

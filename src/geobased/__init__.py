@@ -1,7 +1,7 @@
 """BASED language models and image geolocalization inside the Hugging Face ecosystem.
 
-Importing this package registers its models (BASED, StreetCLIP, PIGEON) with transformers' auto classes, its pipelines, and
-`attn_implementation="geobased"` for all models. Geocells, training, recall and the command line load on first use.
+Importing this package registers its models (BASED, StreetCLIP, PIGEON, Sumformer) with transformers' auto classes, its pipelines,
+and `attn_implementation="geobased"` for all models. Geocells, training, recall and the command line load on first use.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -26,6 +26,16 @@ from .modeling_pigeon import (
     register_pigeon,
 )
 from .modeling_streetclip import StreetCLIPConfig, StreetCLIPModel, register_streetclip
+from .modeling_sumformer import (
+    SumformerCache,
+    SumformerConfig,
+    SumformerForCausalLM,
+    SumformerForSequenceClassification,
+    SumformerForTokenClassification,
+    SumformerModel,
+    SumformerPreTrainedModel,
+    register_sumformer,
+)
 from .pipelines import ContextQuestionAnsweringPipeline, ImageGeolocalizationPipeline
 
 AutoConfig.register("based", BasedConfig, exist_ok=True)
@@ -41,6 +51,7 @@ for auto_class, model_class in (
 explain_official_checkpoints()
 register_streetclip()
 register_pigeon()
+register_sumformer()
 register_attention()
 PIPELINE_REGISTRY.register_pipeline(
     "context-question-answering",
@@ -69,6 +80,13 @@ __all__ = [
     "PigeonForImageGeolocalization",
     "StreetCLIPConfig",
     "StreetCLIPModel",
+    "SumformerCache",
+    "SumformerConfig",
+    "SumformerForCausalLM",
+    "SumformerForSequenceClassification",
+    "SumformerForTokenClassification",
+    "SumformerModel",
+    "SumformerPreTrainedModel",
     "__version__",
     "checkpoint_path",
     "shipped_checkpoints",

@@ -22,7 +22,7 @@ FETCHED = {
     ("video", "src"),
     ("object", "data"),
 }
-SUBPACKAGES = ("modeling_based", "modeling_streetclip", "modeling_pigeon", "pipelines", "model_cards")
+SUBPACKAGES = ("modeling_based", "modeling_streetclip", "modeling_pigeon", "modeling_sumformer", "pipelines", "model_cards")
 
 
 class Fetches(HTMLParser):

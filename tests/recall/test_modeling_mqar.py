@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from geobased.recall.mixers_mqar import MIXERS, Mamba2, gated_delta_rule, state_space_dual
+from geobased.recall.mixers_mqar import MIXERS, Mamba2, Sumformer, gated_delta_rule, state_space_dual
 from geobased.recall.modeling_mqar import MQARConfig, MQARForCausalLM
 
 
@@ -53,6 +53,27 @@ def test_the_loss_is_the_mean_over_the_queries():
     assert torch.allclose(loss, model(input_ids, labels=targets, query_positions=positions).loss)
     expected = torch.nn.functional.cross_entropy(model(input_ids).logits.flatten(0, 1), labels.flatten())
     assert torch.allclose(loss, expected)
+
+
+def test_performers_features_follow_the_seed_and_are_saved(tmp_path):
+    model, again = make_model(["performer"]), make_model(["performer"])
+    torch.manual_seed(1)
+    other = MQARForCausalLM(model.config)
+    projection = model.layers[0].mixer.projection
+    assert projection.shape == (16, 64) and projection.abs().sum() > 0
+    assert torch.equal(again.layers[0].mixer.projection, projection)
+    assert not torch.equal(other.layers[0].mixer.projection, projection)
+    other.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.layers[0].mixer.projection, other.layers[0].mixer.projection)
+
+
+def test_the_sumformers_mixer_is_the_mean_over_the_prefix():
+    mixer = Sumformer(MQARConfig(hidden_size=32, feature_dim=6, mixers=["sumformer"]))
+    x = torch.randn(2, 70, 32)
+    features = mixer.phi(x)
+    means = torch.stack([features[:, : t + 1].mean(1) for t in range(70)], 1)
+    assert relative_error(mixer(x), mixer.psi(x, features, means)) < 1e-5
 
 
 @pytest.mark.parametrize("seq_len", [1, 64, 150])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from geobased.recall.mixers_mqar import MIXERS
 from geobased.recall.modeling_mqar import MQARConfig
 from geobased.recall.mqar import Examples, Segment, generate_examples
 from geobased.recall.mqar_training import TrainingSettings, train_cohort
@@ -17,7 +18,7 @@ def examples() -> tuple[list[Examples], list[Examples]]:
     return generate_examples(segments, [1, 2], 128, progress=False), generate_examples(segments, [3, 4], 128, progress=False)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "linear_attention", "sliding_attention", "mamba2", "gated_deltanet"])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_graphs_train_as_the_plain_step_on_a_cpu(examples, mixer):
     config = MQARConfig(vocab_size=128, hidden_size=64, mixers=["conv", mixer], embedding_dropout=0.0, sliding_window=8)
     (captured,) = train_cohort([(config, SETTINGS)], *examples, device=GPU)

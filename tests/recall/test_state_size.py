@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2Model, MistralConfig, Qwen2Config, Qwen3NextConfig
 from transformers import Qwen3NextModel as GatedDeltaNetModel
 
-from geobased import BasedConfig, BasedForCausalLM
+from geobased import BasedConfig, BasedForCausalLM, SumformerCache, SumformerConfig, SumformerForCausalLM
 from geobased.modeling_based.cache_based import BasedCache, stored_tensors
 from geobased.recall.state_size import MIXERS, mixer_state_bytes, state_bytes
 
@@ -56,6 +56,18 @@ def test_only_attention_grows_without_bound():
         return mixer_state_bytes(mixer, 2048, hidden_size=64) > mixer_state_bytes(mixer, 1024, hidden_size=64)
 
     assert [mixer for mixer in MIXERS if grows(mixer)] == ["attention"]
+
+
+@pytest.mark.parametrize("mixer", ["sumformer", "performer", "softmax"])
+def test_sumformer_cache_holds_what_is_counted(mixer):
+    config = SumformerConfig(vocab_size=40, hidden_size=32, latent_size=10, num_random_features=6, mixer=mixer, causal=True)
+    model, cache = SumformerForCausalLM(config).eval(), SumformerCache(config)
+    with torch.no_grad():
+        model(torch.ones(3, 7, dtype=torch.long), past_key_values=cache)
+    counter = 4 * config.num_hidden_layers if mixer == "sumformer" else 0
+    assert state_bytes(config, 7) + counter == cache.size_bytes() // 3
+    with pytest.raises(ValueError, match="is not causal"):
+        state_bytes(SumformerConfig(mixer="linformer"), 7)
 
 
 @pytest.mark.parametrize("seq_len", [5, 8, 20])
