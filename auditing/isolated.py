@@ -1,6 +1,6 @@
 """A model in a process of its own, which serves granted verbs over a pipe: frames of JSON and safetensors, no pickles.
 
-python -m geobased.auditing.isolated     # started by `open_isolated`, not by hand
+python -m geobased.auditing.model_process     # started by `open_isolated`, not by hand
 """
 
 import os
@@ -8,11 +8,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
-from .access import AuditError, Capability, capability_names, parse_access
-from .model_loading import ModelSource, load_source
-from .model_server import ModelServer
+from .access import AuditError, Capability, capability_names
+from .model_loading import ModelSource
 from .wire import Message, read_message, write_message
 
 STOP_SECONDS = 10.0
@@ -27,7 +25,7 @@ class IsolatedServer:
     def __init__(self, source: ModelSource, grant: Capability, outside: Mapping[str, list[str]]) -> None:
         # the module search path goes along: the process is to run this code, however it was found
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "geobased.auditing.isolated"]
+        command = [sys.executable, "-m", "geobased.auditing.model_process"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         opening = {
             "source": {**asdict(source), "labels": list(source.labels)},
@@ -64,30 +62,6 @@ class IsolatedServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def main() -> None:
-    """Serves the model that the first message names, until the pipe closes."""
-    # frames alone go through the pipe; whatever the model's code prints goes to standard error
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    opening = read_message(requests)
-    if opening is None:
-        return
-    try:
-        header: dict[str, Any] = opening.header
-        source = ModelSource(**header["source"])
-        server = ModelServer(load_source(source), parse_access(header["grant"]), header["outside"])
-    except Exception as error:  # whatever loading raises goes to the other side as a sentence
-        write_message(answers, Message({"error": type(error).__name__, "message": str(error)}))
-        return
-    write_message(answers, Message({"result": "ready"}))
-    while (request := read_message(requests)) is not None:
-        write_message(answers, server.handle(request))
-
-
-if __name__ == "__main__":
-    main()
 
 
 __all__ = ["IsolatedServer"]

@@ -20,9 +20,9 @@ and tries one item at a time:
                     return
 
 `target` is a `TextTarget` or `ImageTarget` with the declared capabilities alone and the question's budget; once that is spent,
-the next use raises `BudgetExhaustedError`, which the runner takes for the end of the attempt, so a technique may simply go on until
-then. Success is judged by the question, from answers that the target gave. A technique is named in a configuration by its name if
-it comes with geobased (`TECHNIQUES`), or as "module:Class".
+the next use raises `BudgetExhaustedError`, which the runner takes for the end of the attempt, so a technique may simply go on
+until then. Success is judged by the question, from answers that the target gave. A technique is named in a configuration by its
+name if it comes with geobased (`TECHNIQUES`), or as "module:Class".
 """
 
 import hashlib
@@ -43,7 +43,6 @@ TECHNIQUES = {
     "template_sensitivity": "geobased.auditing.text_black_box:TemplateSensitivity",
     "best_of_n": "geobased.auditing.text_black_box:BestOfN",
 }
-MOST_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,9 @@ class Technique(ABC):
         raise NotImplementedError(f"{self.name} takes one item at a time")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
+        """Name and settings, from which `make_technique` makes it again."""
+        place = f"{type(self).__module__}:{type(self).__qualname__}"
+        return {"name": self.name if TECHNIQUES.get(self.name) == place else place, **asdict(self)}  # type: ignore[call-overload]
 
 
 def make_technique(settings: str | Mapping[str, Any]) -> Technique:

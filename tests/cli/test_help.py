@@ -16,6 +16,7 @@ COMMANDS = (
     *("generate", "locate", "evaluate", "convert", "export", "push", "doctor", "recall gazetteer", "recall mqar"),
     *("recall gazetteer-benchmark", "recall repeated-bigrams", "recall lm-eval", "recall lm-eval-tasks", "recall twins"),
     *("recall calibration", "train preferences", "train reward"),
+    *("audit run", "audit verify", "audit reproduce", "audit compare", "audit key"),
     pytest.param("train superhf", marks=pytest.mark.skipif(find_spec("trl") is None, reason="its settings are those of TRL")),
     *("train lm", "train streetclip", "train pigeon", "train pigeon-embeddings", "demo generation", "demo geolocalization"),
 )
@@ -41,7 +42,7 @@ def test_help_names_every_command_once_under_its_heading(geobased):
     for heading, commands in {
         "Language models": ("generate", "convert", "export", "recall"),
         "Geolocalization": ("locate", "evaluate"),
-        "Language models and geolocalization": ("train", "demo"),
+        "Language models and geolocalization": ("train", "demo", "audit"),
         "Setup and sharing": ("doctor", "push"),
     }.items():
         assert tuple(line.split()[0] for line in sections[heading].splitlines()[1:] if line[2] != " ") == commands
@@ -54,7 +55,7 @@ def test_train_help_shows_the_options_of_the_training_module(geobased):
     assert "--context_length" in text and "--learning_rate" in text
 
 
-@pytest.mark.parametrize("group", ["", "train", "recall", "demo"])
+@pytest.mark.parametrize("group", ["", "train", "recall", "demo", "audit"])
 def test_without_a_command_the_help_is_shown(geobased, group):
     result = geobased(*group.split())
     assert result.exit_code == 2 and "Usage: geobased" in result.stdout and "Exit codes:" in result.stdout

@@ -25,8 +25,8 @@ from geobased.demo.comparison import (
 )
 from geobased.demo.comparison_view import UNTRAINED, comparison_view
 from geobased.demo.filler import filler_text
-from geobased.demo.line_chart import Line, line_chart, ticks
 from geobased.demo.text_generator import Generator
+from geobased.line_chart import Line, line_chart, ticks
 
 PROMPT = "The population of Lund is 94,393. Question: What is the population of Lund? Answer:"
 

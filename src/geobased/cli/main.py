@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from . import conversion, demo, doctor, evaluate, generate, locate, push, recall, train, train_alignment, train_geolocation
+from . import audit, conversion, demo, doctor, evaluate, generate, locate, push, recall, train, train_alignment, train_geolocation
 from .errors import ClearErrorsGroup
 from .options import EXIT_CODES, add_command, show_help
 
@@ -48,6 +48,7 @@ train_alignment.register()
 train_geolocation.register()
 app.add_typer(train.app, name="train", epilog=EXIT_CODES, rich_help_panel=BOTH)
 app.add_typer(demo.app, name="demo", epilog=EXIT_CODES, rich_help_panel=BOTH)
+app.add_typer(audit.app, name="audit", epilog=EXIT_CODES, rich_help_panel=BOTH)
 # tells also why geobased's models cannot be registered, if they cannot
 add_command(app, "doctor", doctor.doctor, doctor.EXAMPLES, SHARING, cls=TyperCommand)
 add_command(app, "push", push.push, push.EXAMPLES, SHARING)

@@ -3,9 +3,9 @@
 from html import escape
 
 from geobased.cli.generate import format_bytes
+from geobased.line_chart import Line, line_chart
 
 from .comparison import SPEED_WINDOW, Measurement
-from .line_chart import Line, line_chart
 
 BASED_CLASS, ATTENTION_CLASS = "based", "attention"
 UNTRAINED = "Untrained, with random weights: only its speed and memory can be compared; its text is not shown."

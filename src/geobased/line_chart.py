@@ -28,6 +28,14 @@ def ticks(largest: float) -> list[float]:
     return [step * i for i in range(math.ceil(largest / step - 1e-9) + 1)]
 
 
+def y_axis(lowest: float, largest: float) -> list[float]:
+    """Round numbers that hold all values and 0."""
+    if lowest >= 0:
+        return ticks(largest)
+    below = [-tick for tick in reversed(ticks(-lowest))]
+    return below if largest <= 0 else below + ticks(largest)[1:]
+
+
 def line_chart(
     title: str, lines: Sequence[Line], x_label: str, x_largest: float, y_text: Callable[[float], str], summary: str
 ) -> str:
@@ -37,18 +45,19 @@ def line_chart(
         title: shown above it.
         lines: drawn in order; one without points is left out.
         x_label: of the horizontal axis, which goes from 0 to `x_largest`.
-        y_text: writes a number of the vertical axis, which goes from 0 to the largest y.
+        y_text: writes a number of the vertical axis, which goes from 0, or from the lowest y below it, to the largest.
         summary: what the chart shows, for those who do not see it.
     """
     x_ticks = [tick for tick in ticks(x_largest) if tick <= x_largest * 1.001]
-    y_ticks = ticks(max((y for line in lines for _, y in line.points), default=0))
+    values = [y for line in lines for _, y in line.points]
+    y_ticks = y_axis(min(values, default=0), max(values, default=0))
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x_of(x: float) -> float:
         return LEFT + (right - LEFT) * x / x_largest
 
     def y_of(y: float) -> float:
-        return bottom - (bottom - TOP) * y / y_ticks[-1]
+        return bottom - (bottom - TOP) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
 
     parts = []
     for tick in y_ticks:
