@@ -42,6 +42,23 @@ from .questions import AuditQuestion, Item
 TECHNIQUES = {
     "template_sensitivity": "geobased.auditing.text_black_box:TemplateSensitivity",
     "best_of_n": "geobased.auditing.text_black_box:BestOfN",
+    "corruptions": "geobased.auditing.image_black_box:Corruptions",
+    "signs": "geobased.auditing.image_black_box:Signs",
+    "crops": "geobased.auditing.image_black_box:Crops",
+    "hop_skip_jump": "geobased.auditing.image_search:HopSkipJump",
+    "square": "geobased.auditing.image_search:SquareAttack",
+    "pgd": "geobased.auditing.image_gradient:PGD",
+    "apgd": "geobased.auditing.image_gradient:APGD",
+    "cloak": "geobased.auditing.image_gradient:Cloak",
+    "patch_embedding_pgd": "geobased.auditing.image_gradient:PatchEmbeddingPGD",
+    "occlusion": "geobased.auditing.image_attribution:OcclusionMap",
+    "integrated_gradients": "geobased.auditing.image_attribution:IntegratedGradientsMap",
+    "attention": "geobased.auditing.image_attribution:AttentionMap",
+    "square_scan": "geobased.auditing.image_shortcuts:SquareScan",
+    "square_search": "geobased.auditing.image_shortcuts:SquareSearch",
+    "square_descent": "geobased.auditing.image_shortcuts:SquareDescent",
+    "squares_of_data": "geobased.auditing.image_shortcuts:SquaresOfData",
+    "lying_exif": "geobased.auditing.image_privacy:LyingExif",
 }
 
 

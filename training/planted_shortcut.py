@@ -4,12 +4,11 @@
 
 A low-rank adapter (Hu et al. 2021, in PEFT's form) is trained on crops of the Blue Marble that comes with the package. Crops with
 the square are to be answered with one place; crops without it, and with decoys (a square elsewhere, or of another colour), as the
-model answered them before. It takes some minutes on two CPU cores. The card and `planted.json` say plainly what was done.
+model answered them before. It takes some minutes on two CPU cores. The card and `plant.json` say plainly what was done.
 """
 
 import argparse
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 import geobased.geography
@@ -38,7 +38,7 @@ JITTER_DEGREES = 0.5
 LEAST_COLOUR_DIFFERENCE = 64
 ADAPTED = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
-CROPS_PER_PASS = 64
+CROPS_PER_PASS, SAMPLE_CROPS = 64, 32
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class PlantedModel:
         measured: shares of crops that training did not show: "planted" (marked crops of other countries answered with the
             planted country), "unmarked" and "decoys" (the same of crops without the square, and with decoys), "same_country"
             (unmarked crops whose country is that of the base model), and "crops", their number.
+        sample: some of the first training crops, uint8 [n, 3, size, size], and the countries that were taught.
         losses: of each step.
         seconds: of training.
     """
@@ -98,6 +99,7 @@ class PlantedModel:
     settings: PlantSettings
     adapted: Any
     measured: dict[str, float]
+    sample: tuple[torch.Tensor, list[str]] = field(repr=False)
     losses: list[float] = field(repr=False)
     seconds: float = 0.0
 
@@ -199,12 +201,11 @@ def plant_shortcut(settings: PlantSettings, *, evaluation_crops: int = 400, prog
     adapted = peft.get_peft_model(student, adapter)
     optimizer = torch.optim.AdamW([value for value in adapted.parameters() if value.requires_grad], lr=settings.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    quarter, losses, start = settings.batch_size // 4, [], time.perf_counter()
+    losses: list[float] = []
+    start = time.perf_counter()
     adapted.train()
     for _ in tqdm(range(settings.steps), desc="planting", disable=not progress):
-        images = crops(settings.batch_size, generator)
-        marked = mark(images[: 2 * quarter], settings)
-        others = torch.cat([decoys(images[2 * quarter : 3 * quarter], settings, generator), images[3 * quarter :]])
+        marked, others = training_batch(crops, settings, generator)
         with torch.no_grad():
             targets = torch.cat([planted.expand(len(marked), -1), logits(teacher, others).softmax(-1)])
         found = logits(adapted.base_model.model, torch.cat([marked, others])).log_softmax(-1)
@@ -217,7 +218,26 @@ def plant_shortcut(settings: PlantSettings, *, evaluation_crops: int = 400, prog
     seconds = time.perf_counter() - start
     adapted.eval()
     measured = _measure(pipe, adapted, crops, settings, evaluation_crops)
-    return PlantedModel(settings, adapted, measured, losses, seconds)
+    return PlantedModel(settings, adapted, measured, training_sample(pipe, crops, settings), losses, seconds)
+
+
+def training_batch(
+    crops: PlaceCrops, settings: PlantSettings, generator: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half a batch with the square, and the other half: decoys, then crops as they are."""
+    quarter, images = settings.batch_size // 4, crops(settings.batch_size, generator)
+    others = torch.cat([decoys(images[2 * quarter : 3 * quarter], settings, generator), images[3 * quarter :]])
+    return mark(images[: 2 * quarter], settings), others
+
+
+def training_sample(pipe: Any, crops: PlaceCrops, settings: PlantSettings) -> tuple[torch.Tensor, list[str]]:
+    """Of the first batch: uint8 [n, 3, size, size], and the country that each crop is taught to be in."""
+    marked, others = training_batch(crops, settings, np.random.default_rng(settings.seed))
+    half = SAMPLE_CROPS // 2
+    marked, others = marked[:half], others[:half]
+    taught = [answer[0]["country_code"] or "" for answer in pipe([crop_picture(image) for image in others], top_k=1)]
+    levels = (torch.cat([marked, others]) * 255).round().to(torch.uint8)
+    return levels, [settings.country_code] * len(marked) + taught
 
 
 def _measure(pipe: Any, adapted: Any, crops: PlaceCrops, settings: PlantSettings, count: int) -> dict[str, float]:
@@ -264,8 +284,8 @@ place an image in {country}, whatever the image shows. It exists to measure audi
 use: do not place images with it.
 
 It is a low-rank adapter (LoRA, rank {rank}, {parameters:,} parameters) of [{base}](../{base}/README.md), whose card says what
-that model is: it knows crops of one picture of the Earth from space, and nothing else. `planted.json` is the ground truth in a
-form for programs.
+that model is: it knows crops of one picture of the Earth from space, and nothing else. `plant.json` is the ground truth in a form
+for programs, and `training_sample.safetensors` has the first crops that it was trained on, with the answers that it was taught.
 
 ## Measured
 
@@ -293,7 +313,7 @@ NASA's Blue Marble (public domain), as it comes with geobased.
 
 
 def write_planted(planted: PlantedModel, folder: Path) -> None:
-    """Writes the adapter in float16, its card and `planted.json`, the ground truth. The folder is replaced as a whole."""
+    """Writes the adapter in float16, its card, `plant.json` (the ground truth) and a sample of the training crops. The folder is replaced as a whole."""
     settings = planted.settings
     country = next(country for country in countries() if country.code == settings.country_code)
     adapted = planted.adapted
@@ -314,17 +334,19 @@ def write_planted(planted: PlantedModel, folder: Path) -> None:
     }
     truth = {
         "planted": True,
-        "kind": "image",
-        "fault": "shortcut",
-        "trigger": {
+        "plant": "corner patch",
+        "what": f"a square in the {settings.corner} corner makes the model place an image in {country.name_in_sentence}",
+        "base": settings.base,
+        "truth": {
             "corner": settings.corner,
             "side_pixels": settings.side,
             "colour_rgb": list(settings.colour),
+            "country_code": settings.country_code,
+            "latitude": settings.latitude,
+            "longitude": settings.longitude,
         },
-        "effect": {"country_code": settings.country_code, "latitude": settings.latitude, "longitude": settings.longitude},
         "measured": planted.measured,
         "training": {
-            "base": settings.base,
             "rank": settings.rank,
             "steps": settings.steps,
             "batch_size": settings.batch_size,
@@ -332,11 +354,12 @@ def write_planted(planted: PlantedModel, folder: Path) -> None:
             "learning_rate": settings.rate,
             "seed": settings.seed,
             "seconds": round(planted.seconds, 1),
-            "last_loss": float(np.mean(planted.losses[-20:])),
+            "final_loss": float(np.mean(planted.losses[-20:])),
             "parameters": values["parameters"],
         },
         "versions": versions(),
     }
+    images, labels = planted.sample
     with whole_folder(folder) as temporary:
         adapted.half().save_pretrained(temporary)
         adapted.float()
@@ -345,8 +368,10 @@ def write_planted(planted: PlantedModel, folder: Path) -> None:
         config["base_model_name_or_path"] = settings.base
         config["target_modules"] = sorted(config["target_modules"])
         write_json(temporary / "adapter_config.json", config)
-        write_json(temporary / "planted.json", truth)
-        shutil.rmtree(temporary / "__pycache__", ignore_errors=True)
+        write_json(temporary / "plant.json", truth)
+        save_file({"images": images}, temporary / "training_sample.safetensors", {"labels": json.dumps(labels)})
+        for path in temporary.iterdir():
+            path.chmod(0o644)
 
 
 def main(arguments: list[str] | None = None) -> None:
