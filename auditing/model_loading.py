@@ -1,5 +1,6 @@
 """From what a user calls a model to one that can be served to auditors."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from .model_server import ServedModel
 from .text_model import TextModel
 
 GEOLOCALIZERS = ("pigeon", "streetclip")
+ADAPTER_FILE = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,6 +74,8 @@ def load_source(source: ModelSource) -> ServedModel:
     """The model that a source names, with digests of all its files. Raises `ValueError` for a kind that cannot be audited."""
     folder = source.folder()
     files = folder_sha256(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        return _load_adapter(source, folder, files)
     identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": files}
     config = AutoConfig.from_pretrained(folder)
     loading: dict[str, Any] = {"dtype": DTYPES[source.dtype]}
@@ -93,6 +97,20 @@ def load_source(source: ModelSource) -> ServedModel:
         return serve(pipe, identity=identity)
     model = AutoModelForCausalLM.from_pretrained(folder, **loading)
     return serve(model.to(source.device), tokenizer=AutoTokenizer.from_pretrained(folder), identity=identity)
+
+
+def _load_adapter(source: ModelSource, folder: Path, files: dict[str, str]) -> ServedModel:
+    """A LoRA adapter, merged into the language model that it names."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{source.name} is an adapter: pip install geobased[audit] for the package peft") from error
+    base = ModelSource(json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]).folder()
+    files = {**{f"base/{name}": digest for name, digest in folder_sha256(base).items()}, **files}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[source.dtype])
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().to(source.device)
+    identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": files}
+    return serve(merged, tokenizer=AutoTokenizer.from_pretrained(base), identity=identity)
 
 
 def serve(
