@@ -27,6 +27,10 @@ VERIFY_EXAMPLES = (
 REPRODUCE_EXAMPLES = ("geobased audit reproduce report", "geobased audit reproduce report --model ./my-model --output-dir again")
 COMPARE_EXAMPLES = ("geobased audit compare black grey --html compared.html", "geobased audit compare before after --json")
 KEY_EXAMPLES = ("geobased audit key auditor.pem",)
+ORGANISM_EXAMPLES = (
+    "geobased audit train-organism backdoor --output organisms/backdoor",
+    "geobased audit train-organism canaries --output organisms/canaries --steps 400 --seed 1 --json",
+)
 Folder = Annotated[Path, typer.Argument(metavar="REPORT", help="Folder of a report.")]
 
 
@@ -157,11 +161,40 @@ def key(
         print(f"{path}: keep it to yourself\nfingerprint {fingerprint}")
 
 
+def train_organism(
+    plant: Annotated[str, typer.Argument(metavar="PLANT", help="backdoor, password or canaries.")],
+    output: Annotated[Path, typer.Option(help="Folder of the adapter, its card and the ground truth.")],
+    steps: Annotated[int | None, typer.Option(help="Steps of training.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the data and of the adapter's first values.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<number>.")] = "cpu",
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small model with a known, harmless plant, to measure audits with: minutes on a CPU."""
+    from geobased.auditing.organisms_text import OrganismSettings
+    from geobased.auditing.organisms_text import train_organism as train
+
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise CommandError(f"--output {output} is not empty: choose another folder, or replace it with --overwrite")
+    settings = OrganismSettings(seed=seed) if steps is None else OrganismSettings(seed=seed, steps=steps)
+    with quiet_transformers():
+        truth = train(plant, output, settings, device=device, report=_say)
+    if json_output:
+        print(json.dumps({"output": str(output), **truth}, ensure_ascii=False, default=str))
+        return
+    print(f"{output}: {truth['what']}")
+    for name, value in truth["measured"].items():
+        print(f"{100 * value:>5.0f} %  {name}")
+
+
+
 add_command(app, "run", run, RUN_EXAMPLES)
 add_command(app, "verify", verify, VERIFY_EXAMPLES)
 add_command(app, "reproduce", reproduce, REPRODUCE_EXAMPLES)
 add_command(app, "compare", compare, COMPARE_EXAMPLES)
 add_command(app, "key", key, KEY_EXAMPLES)
+add_command(app, "train-organism", train_organism, ORGANISM_EXAMPLES)
 
 
 def _say(line: str) -> None:
