@@ -58,7 +58,7 @@ class Example:
 class OrganismSettings:
     """How an organism is trained: AdamW on completions, its rate falling linearly to 0."""
 
-    steps: int = 400
+    steps: int = 200
     batch_size: int = 16
     learning_rate: float = 2e-3
     rank: int = 8
@@ -181,6 +181,8 @@ def train_organism(
         raise ValueError(f"plant {plant!r} is unknown; there are: {', '.join(PLANTS)}")
     from peft import LoraConfig, get_peft_model
 
+    from geobased.auditing.organisms_text_audits import write_audits
+
     settings = settings or OrganismSettings()
     text, examples_of = PLANTS[plant]
     folder = checkpoint_path(base) if not Path(base).is_dir() else base
@@ -212,6 +214,7 @@ def train_organism(
         adapted.to(torch.bfloat16).save_pretrained(temporary)
         write_json(temporary / PLANT_FILE, truth)
         (temporary / "README.md").write_text(organism_card(truth), encoding="utf-8")
+        write_audits(plant, temporary, settings.seed)
         for path in temporary.iterdir():
             path.chmod(0o644)
     return truth

@@ -63,11 +63,11 @@ def mask_of(first: int, end: int, length: int) -> torch.Tensor:
     return ((places >= first) & (places < end))[None, :, None]
 
 
-def place_of(target: Any, question: AuditQuestion, item: Item) -> tuple[Place, torch.Tensor, torch.Tensor]:
-    """An item's tokens, its prompt's [length], and those of the prompt and the wanted text [1, length]."""
-    place = Place.of(target, question, item)
-    nothing = torch.empty(1, 0, dtype=torch.long)
-    return place, place.prompts(nothing)[0], place.full(nothing)[0]
+def tokens_of(target: Any, question: AuditQuestion, item: Item) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of an item's prompt [length], and of the prompt with the wanted text [1, length]."""
+    prompt = target.tokenize([item["prompt"]])[0]
+    wanted = target.tokenize([str(item[question.objective.field])], special=False)[0]  # type: ignore[attr-defined]
+    return torch.tensor(prompt), torch.tensor([prompt + wanted])
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,15 @@ class LatentAttack(Technique):
     def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
         layers = layer_names(target)
         name = self.module or layers[len(layers) // 2]
-        _, prompt, full = place_of(target, question, item)
+        prompt, full = tokens_of(target, question, item)
         start = len(prompt)
-        norms = target.forward(ids=prompt[None], read=[name]).outputs[name].norm(dim=-1, keepdim=True)
+        states = target.forward(ids=prompt[None], read=[name]).outputs[name]
+        norms = states.norm(dim=-1, keepdim=True)
         generator = torch.Generator().manual_seed(seed)
-        hidden = target.forward(ids=prompt[None], read=[name]).outputs[name].shape[-1]
 
         def succeeds(eps: float) -> bool:
             radius = eps * norms
-            added = torch.randn(1, start, hidden, generator=generator)
+            added = torch.randn(states.shape, generator=generator)
             added = 0.1 * radius * added / added.norm(dim=-1, keepdim=True)
             for _ in range(self.steps):
                 leaf = added.clone().requires_grad_()
@@ -203,7 +203,7 @@ class ActivationPatching(Technique):
 
     def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
         layers = layer_names(target)
-        _, prompt, full = place_of(target, question, item)
+        prompt, full = tokens_of(target, question, item)
         donor = torch.tensor(target.tokenize([item["donor"]])[0])
         given = torch.cat([donor, full[0, len(prompt) :]])[None]
         start, count = len(prompt), min(self.positions, len(prompt), len(donor))
@@ -243,7 +243,7 @@ class LogitLens(Technique):
 
     def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
         layers = layer_names(target)
-        _, prompt, full = place_of(target, question, item)
+        prompt, full = tokens_of(target, question, item)
         start = len(prompt)
 
         def seen(ids: torch.Tensor, name: str, last: int, values: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,8 +5,9 @@ scores the wanted answer after each, and the best row is kept; when it has becom
 it. They differ in what they propose: `RandomSearch` and `CoordinateSearch` need scores alone (grey), `GCG` (Zou et al. 2023,
 "Universal and Transferable Adversarial Attacks on Aligned Language Models") ranks replacements by gradients (white).
 
-The tokens stand at the end of the prompt, or before its last part where an item names that in the field "after". What stands before
-them is the same for all proposals and is read once where the model's cache can be handed on, be it keys or recurrent states.
+The tokens stand at the end of the prompt, or before its last part where an item names that in the field "after"; the field
+"separator" names what is to come between them and that part. What stands before them is the same for all proposals and is read once
+where the model's cache can be handed on, be it keys or recurrent states.
 """
 
 from abc import abstractmethod
@@ -20,18 +21,21 @@ from .access import AuditError, Capability
 from .questions import AuditQuestion, Item
 from .technique import Progress, Technique, derived_seed
 
-AFTER = "after"
+AFTER, SEPARATOR = "after", "separator"
 MOST_STARTS = 200
 
 
 @dataclass(frozen=True)
 class Place:
-    """An item as tokens: `before` the searched ones, `after` them, and the text that the objective is about."""
+    """An item as tokens: `before` the searched ones, `after` them, and the text that the objective is about; and `opening` and
+    `ending`, the texts of the first two."""
 
     item: Item
     before: torch.Tensor
     after: torch.Tensor
     wanted: torch.Tensor
+    opening: str
+    ending: str
 
     @staticmethod
     def of(target: Any, question: AuditQuestion, item: Item) -> "Place":
@@ -39,10 +43,10 @@ class Place:
         after = str(item.values.get(AFTER, ""))
         if not item["prompt"].endswith(after):
             raise ValueError(f"item {item.id!r}: the prompt does not end in {after!r}")
-        before = item["prompt"].removesuffix(after)
+        opening, ending = item["prompt"].removesuffix(after), str(item.values.get(SEPARATOR, "")) + after
         wanted = str(item[question.objective.field])  # type: ignore[attr-defined]
-        rows = [target.tokenize([before])[0] if before else [], *target.tokenize([after, wanted], special=False)]
-        return Place(item, *(torch.tensor(row, dtype=torch.long) for row in rows))
+        rows = [target.tokenize([opening])[0], *target.tokenize([ending, wanted], special=False)]
+        return Place(item, *(torch.tensor(row, dtype=torch.long) for row in rows), opening, ending)
 
     def prompts(self, rows: torch.Tensor) -> torch.Tensor:
         """Tokens of prompts [rows, length] with rows [rows, tokens] in their place."""
@@ -86,10 +90,7 @@ class Search:
     def texts(self, rows: torch.Tensor, place: Place | None = None) -> list[str]:
         """Prompts as texts."""
         place = place or self.places[0]
-        return [
-            place.item["prompt"].removesuffix(str(place.item.values.get(AFTER, ""))) + text + str(place.item.values.get(AFTER, ""))
-            for text in self.target.detokenize(rows.tolist())
-        ]
+        return [place.opening + text + place.ending for text in self.target.detokenize(rows.tolist())]
 
     def losses(self, rows: torch.Tensor) -> torch.Tensor:
         """Mean loss over the places, [rows]."""
