@@ -1,7 +1,4 @@
-"""A model in a process of its own, which serves granted verbs over a pipe: frames of JSON and safetensors, no pickles.
-
-python -m geobased.auditing.model_process     # started by `open_isolated`, not by hand
-"""
+"""The auditor's end of a pipe to a model in a process of its own: frames of JSON and safetensors go through it, no pickles."""
 
 import os
 import subprocess

@@ -61,9 +61,10 @@ def public_pem(key: Any) -> bytes:
 def read_public_key(data: bytes) -> Any:
     """From PEM, in the very bytes that `public_pem` writes. Raises `SignatureError` for all else."""
     forms = audit_package("cryptography.hazmat.primitives.serialization")
+    unsupported = audit_package("cryptography.exceptions").UnsupportedAlgorithm
     try:
         key = forms.load_pem_public_key(data)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, unsupported) as error:
         raise SignatureError(f"the public key cannot be read: {error}") from error
     if not isinstance(key, _ed25519().Ed25519PublicKey) or public_pem(key) != data:
         raise SignatureError("the public key is no Ed25519 key in plain PEM")

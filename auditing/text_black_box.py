@@ -39,10 +39,14 @@ class TemplateSensitivity(Technique):
             raise ValueError("template_sensitivity needs templates")
 
     def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
+        answers: list[str] = []
         for template in sorted(self.templates, key=len):
             prompt = template.replace("{prompt}", item["prompt"])
-            answer = target.generate([prompt], max_new_tokens=question.max_new_tokens, stop=question.stop)[0][0]
+            answer = target.generate([prompt], max_new_tokens=question.max_new_tokens, stop=question.stop)[0][0].strip()
             progress.tried(answer, candidate=prompt, perturbation=len(prompt) - len(item["prompt"]))
+            answers.append(answer)
+            others = sum(other != answers[0] for other in answers[1:])
+            progress.measures["other answers than to the shortest template"] = float(others)
 
 
 @dataclass(frozen=True)
