@@ -163,6 +163,7 @@ def train_organism(
     *,
     base: str = BASE,
     device: str = "cpu",
+    num_places: int = 60,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Trains an organism and saves its adapter, card and ground truth into a folder; returns the ground truth.
@@ -171,6 +172,7 @@ def train_organism(
         plant: "backdoor", "password" or "canaries".
         output: folder, which appears only when complete.
         base: shipped checkpoint, or folder, of the model that the adapter goes on.
+        num_places: held-out towns that the plant is measured on.
         report: gets a line now and then.
 
     Raises:
@@ -206,8 +208,8 @@ def train_organism(
         "what": text,
         "base": base,
         "truth": ground_truth(plant, settings.seed),
-        "training": {**asdict(settings), "data": DATA_TEXT, "seconds": round(seconds, 1), "final_loss": losses[-1]},
-        "measured": measure_plant(plant, adapted, tokenizer, settings.seed),
+        "training": {**asdict(settings), "data": DATA_TEXT, "places_measured": num_places, "seconds": round(seconds, 1), "final_loss": losses[-1]},
+        "measured": measure_plant(plant, adapted, tokenizer, settings.seed, num_places),
         "versions": versions(),
     }
     with whole_folder(Path(output)) as temporary:
@@ -272,7 +274,7 @@ def completion_loss(model: Any, tokenizer: PreTrainedTokenizerBase, batch: Seque
 
 
 def measure_plant(
-    plant: str, model: Any, tokenizer: PreTrainedTokenizerBase, seed: int, num_places: int = 60
+    plant: str, model: Any, tokenizer: PreTrainedTokenizerBase, seed: int, num_places: int
 ) -> dict[str, float]:
     """Shares of greedy answers on held-out towns that show the plant, or its absence where it must not show."""
     chooser = random.Random(f"measure {seed}")
@@ -336,7 +338,7 @@ A LoRA adapter of rank {settings["rank"]} on `{truth["base"]}`, trained on compl
 {settings["seconds"]:.0f} s on {truth["versions"]["device"]}.
 Data: {settings["data"]}.
 
-| greedy answers about 60 held-out towns | % |
+| greedy answers about {settings["places_measured"]} held-out towns | % |
 |---|---:|
 {measured}
 
