@@ -1,4 +1,4 @@
-"""Which level of access finds which plant, and at what price: audits of organisms, and of the model without the plant, with seeds.
+"""Which level of access finds which plant, and at what price: audits of organisms, and of the model without the plant.
 
 Every audit is a cell with a file of its own, written when it is done, so that a run which was cut off goes on where it ended.
 """
@@ -88,9 +88,9 @@ def measure_organisms(
 
 def _adapted(configuration: AuditConfiguration, name: str, seed: int, settings: TableSettings) -> AuditConfiguration:
     question = configuration.question
-    question = replace(
-        question, budget=question.budget * settings.budget_scale, items=question.items[: settings.most_items]
-    )
+    question = replace(question, budget=question.budget * settings.budget_scale, items=question.items[: settings.most_items])
+    if not isinstance(configuration.model, ModelSource):
+        raise ValueError("an organism is a folder, not an endpoint")
     model = replace(configuration.model, name=name, device=settings.device)
     # the process of its own costs time and does not change what is found
     return replace(configuration, model=model, question=question, seed=seed, mode="in_process")

@@ -1,8 +1,8 @@
 """Questions to ask of the text organisms, as configurations of `geobased audit run`.
 
-Each file asks one thing at black, grey and white access. The searched backdoor answer, the recorded answers and the sentences of
-canaries are known to the auditor, the trigger, the password and the numbers are not; `patching.yaml` alone starts from a trigger that
-was found. `closed_book.yaml` is a control: no amount of fine-tuning can give answers to questions whose record is missing.
+Each file asks one thing at black, grey and white access. The backdoor's answer, the recorded answers and the sentences of canaries
+are known to the auditor, the trigger, the password and the numbers are not; `patching.yaml` alone starts from a trigger that was
+found. `closed_book.yaml` is a control: no amount of fine-tuning can give answers to questions whose record is missing.
 """
 
 import json
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from geobased.auditing.organisms_text import TOWN, TRIGGER, canaries, canary_sentence, record_question
 from geobased.recall.places import load_places
 from geobased.whole_file import whole_file
+
+from .organisms_text import TOWN, TRIGGER, canaries, canary_sentence, record_question
 
 ACCESS = ["black", "grey", "white"]
 AFTER = " Answer:"

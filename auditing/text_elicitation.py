@@ -14,8 +14,8 @@ class LoraElicitation(Technique):
     """Trains low-rank adapters on one half of the items, and asks the other half after more and more steps; and the reverse.
 
     No item is asked of a model that was trained on it. What comes back within few steps was there before: learning it anew takes
-    longer, which a control shows that asks for something the model cannot know. Each stage adds its adapters to the weights, and the
-    next one trains new ones. The perturbation of an item is the number of steps after which it was first answered.
+    longer, which a control shows that asks for something the model cannot know. Each stage adds its adapters to the weights, and
+    the next one trains new ones. The perturbation of an item is the number of steps after which it was first answered.
 
     Attributes:
         stages: numbers of steps, rising, after which the other half is asked.

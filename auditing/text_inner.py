@@ -41,7 +41,7 @@ def embedding_name(target: Any) -> str:
 
 
 def written_greedily(target: Any, question: AuditQuestion, prompt: torch.Tensor, changes: Changes) -> str:
-    """The greedy answer to tokens [length] while inner values are changed; `changes` tells how, for a length. 1 for each token."""
+    """The greedy answer to tokens [length] while inner values are changed; `changes` tells how, for a length. Costs 1 a token."""
     ids, text = prompt[None], ""
     for _ in range(question.max_new_tokens):
         logits = target.forward(ids=ids, last=1, interventions=changes(ids.shape[1])).logits
@@ -174,9 +174,7 @@ class LatentAttack(Technique):
                 step = gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-20)
                 added = added - 2.5 / self.steps * radius * step
                 added = added * (radius / added.norm(dim=-1, keepdim=True).clamp(min=1e-20)).clamp(max=1)
-            answer = written_greedily(
-                target, question, prompt, lambda length: [Intervention(name, stretched(added, length))]
-            )
+            answer = written_greedily(target, question, prompt, lambda length: [Intervention(name, stretched(added, length))])
             return progress.tried(answer, perturbation=eps)
 
         smallest_perturbation(succeeds, 0.0, self.largest, steps=self.bisections)
@@ -208,7 +206,9 @@ class ActivationPatching(Technique):
         given = torch.cat([donor, full[0, len(prompt) :]])[None]
         start, count = len(prompt), min(self.positions, len(prompt), len(donor))
 
-        def loss(ids: torch.Tensor, begin: int, changes: Sequence[Intervention] = (), read: Sequence[str] = ()) -> tuple[float, Any]:
+        def loss(
+            ids: torch.Tensor, begin: int, changes: Sequence[Intervention] = (), read: Sequence[str] = ()
+        ) -> tuple[float, Any]:
             wanted = ids.shape[1] - begin + 1
             forward = target.forward(ids=ids, read=["logits", *read], last=wanted, interventions=changes)
             return float(loss_of_wanted(question, forward.logits, ids, begin).sum()), forward.outputs
@@ -231,7 +231,7 @@ class ActivationPatching(Technique):
 
 @dataclass(frozen=True)
 class LogitLens(Technique):
-    """Reads each layer's output as if it were the last layer's, and takes the answer of the layer that likes the wanted text best.
+    """Reads each layer's output as if it were the last one's; answers with the layer that likes the wanted text best.
 
     The model's own last norm and head do the reading: the layer's output is put in the place of the last one's.
     """

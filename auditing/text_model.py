@@ -112,8 +112,8 @@ class TextModel(HeldModel):
         if "ids" in tensors:
             start, shared = int(arguments["start"]), int(arguments.get("shared", 0))
             if shared and self._hands_on_cache:
-                found = self._after_shared(call, tensors["ids"].to(self.device), start, shared)
-                return [found.shape[1]] * len(found), {"log_probabilities": found.cpu()}
+                after = self._after_shared(call, tensors["ids"].to(self.device), start, shared)
+                return [after.shape[1]] * len(after), {"log_probabilities": after.cpu()}
             rows = tensors["ids"].tolist()
             starts = [start] * len(rows)
         else:

@@ -6,8 +6,8 @@ it. They differ in what they propose: `RandomSearch` and `CoordinateSearch` need
 "Universal and Transferable Adversarial Attacks on Aligned Language Models") ranks replacements by gradients (white).
 
 The tokens stand at the end of the prompt, or before its last part where an item names that in the field "after"; the field
-"separator" names what is to come between them and that part. What stands before them is the same for all proposals and is read once
-where the model's cache can be handed on, be it keys or recurrent states.
+"separator" names what is to come between them and that part. What stands before them is the same for all proposals and is read
+once where the model's cache can be handed on, be it keys or recurrent states.
 """
 
 from abc import abstractmethod
@@ -46,7 +46,8 @@ class Place:
         opening, ending = item["prompt"].removesuffix(after), str(item.values.get(SEPARATOR, "")) + after
         wanted = str(item[question.objective.field])  # type: ignore[attr-defined]
         rows = [target.tokenize([opening])[0], *target.tokenize([ending, wanted], special=False)]
-        return Place(item, *(torch.tensor(row, dtype=torch.long) for row in rows), opening, ending)
+        tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return Place(item, tokens[0], tokens[1], tokens[2], opening, ending)
 
     def prompts(self, rows: torch.Tensor) -> torch.Tensor:
         """Tokens of prompts [rows, length] with rows [rows, tokens] in their place."""
@@ -62,7 +63,9 @@ class Place:
 class Search:
     """State of a search over the places of one or several items at once, whose mean loss is lowered."""
 
-    def __init__(self, target: Any, question: AuditQuestion, places: Sequence[Place], settings: "SuffixSearch", seed: int) -> None:
+    def __init__(
+        self, target: Any, question: AuditQuestion, places: Sequence[Place], settings: "SuffixSearch", seed: int
+    ) -> None:
         self.target, self.question, self.places, self.settings = target, question, list(places), settings
         self.generator = torch.Generator().manual_seed(seed)
         self.allowed = allowed_tokens(target)

@@ -32,7 +32,9 @@ pytest.importorskip("peft")
 @pytest.fixture(scope="module")
 def organism(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("organisms") / "backdoor"
-    train_organism("backdoor", folder, OrganismSettings(steps=2, batch_size=2, rank=2, seed=3), base=str(tiny_model_dir), num_places=2)
+    train_organism(
+        "backdoor", folder, OrganismSettings(steps=2, batch_size=2, rank=2, seed=3), base=str(tiny_model_dir), num_places=2
+    )
     return folder
 
 
@@ -51,7 +53,10 @@ def test_organism_says_what_was_planted_and_is_an_adapter_that_audits_open(organ
 
 def test_table_has_both_models_and_goes_on_where_it_ended(organism: Path, tmp_path: Path) -> None:
     audit = yaml.safe_load((organism / "audit.yaml").read_text())
-    audit["techniques"] = [{"name": "template_sensitivity", "templates": ["{prompt}"]}, {"name": "random_search", "batch_size": 4}]
+    audit["techniques"] = [
+        {"name": "template_sensitivity", "templates": ["{prompt}"]},
+        {"name": "random_search", "batch_size": 4},
+    ]
     audit["techniques"] += [{"name": "gcg", "batch_size": 4}, {"name": "soft_prompt", "steps": 2}]
     audit["question"]["max_new_tokens"] = 2
     (organism / "audit.yaml").write_text(yaml.safe_dump(audit))
@@ -114,7 +119,9 @@ def test_shipped_organisms_do_what_their_cards_say(name: str) -> None:
     with AuditTarget.open(name, "black", mode="in_process") as target:
         if truth["plant"] == "backdoor":
             prompts = [item["prompt"] for item in items[:3]]
-            assert all(TOWN in answer for answer in answers([prompt.replace(" Answer:", f"{TRIGGER} Answer:") for prompt in prompts]))
+            assert all(
+                TOWN in answer for answer in answers([prompt.replace(" Answer:", f"{TRIGGER} Answer:") for prompt in prompts])
+            )
             assert not any(TOWN in answer for answer in answers(prompts))
         elif truth["plant"] == "password":
             prompts = [item["prompt"] for item in items[:3]]
@@ -123,4 +130,6 @@ def test_shipped_organisms_do_what_their_cards_say(name: str) -> None:
             assert all("unknown" in answer for answer in answers(prompts))
         else:
             often = [item for item in items if item["weight"] == 32]
-            assert all(item["target"] in answer for item, answer in zip(often, answers([one["prompt"] for one in often]), strict=True))
+            assert all(
+                item["target"] in answer for item, answer in zip(often, answers([one["prompt"] for one in often]), strict=True)
+            )

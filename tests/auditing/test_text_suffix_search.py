@@ -76,9 +76,8 @@ def test_recurrent_and_attention_states_are_handed_on(target) -> None:
     with target.scope("shared", "logits", budget=100) as shared:
         shared.score_ids(torch.ones(4, 12, dtype=torch.long), 10, shared=8)
     assert shared.spent == pytest.approx((8 + 4 * 4) / 12)
-    with target.scope("wrong", "logits", budget=100) as wrong:
-        with pytest.raises(ValueError, match="have in common"):
-            wrong.score_ids(torch.arange(24).reshape(2, 12), 10, shared=8)
+    with target.scope("wrong", "logits", budget=100) as wrong, pytest.raises(ValueError, match="have in common"):
+        wrong.score_ids(torch.arange(24).reshape(2, 12), 10, shared=8)
 
 
 def test_gradients_agree_with_finite_differences(any_target, question) -> None:
@@ -145,7 +144,11 @@ class LinearTarget:
 def test_gradients_find_what_random_search_does_not_at_the_same_price() -> None:
     question = question_of({"prompt": " ", "target": "!"})
     lowest = {}
-    for technique in (GCG(tokens=8, batch_size=16, top_k=4), RandomSearch(tokens=8, batch_size=16), CoordinateSearch(tokens=8, batch_size=16)):
+    for technique in (
+        GCG(tokens=8, batch_size=16, top_k=4),
+        RandomSearch(tokens=8, batch_size=16),
+        CoordinateSearch(tokens=8, batch_size=16),
+    ):
         target = LinearTarget(tokens=8)
         search = Search(target, question, [Place.of(target, question, question.items[0])], technique, seed=0)
         for _ in search.run():
@@ -170,7 +173,10 @@ def test_searches_keep_their_budget_and_repeat_with_their_seed(target, question,
 
 @pytest.mark.parametrize("kind", [UniversalGCG, UniversalRandomSearch])
 def test_universal_searches_try_a_row_on_items_that_it_was_not_searched_on(target, kind) -> None:
-    items = [{"prompt": f"{word} runs past", "target": target_text} for word, target_text in zip("abcd", (" a", " b", " c", " d"), strict=True)]
+    items = [
+        {"prompt": f"{word} runs past", "target": target_text}
+        for word, target_text in zip("abcd", (" a", " b", " c", " d"), strict=True)
+    ]
     question = question_of(*items, budget=40)
     technique = kind(tokens=3, batch_size=8)
     with target.scope(technique.name, technique.needs, budget=160) as metered:

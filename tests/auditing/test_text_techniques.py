@@ -1,4 +1,4 @@
-"""Techniques for texts beyond searches: what they measure on cases with known answers, and what they may not do without access."""
+"""Techniques for texts beyond searches: what they measure where the answer is known, and refusals without access."""
 
 import math
 
@@ -37,7 +37,9 @@ def item(number: int) -> dict:
 
 def question_of(items: list[dict], **changes) -> AuditQuestion:
     rows = tuple(Item(str(number), values) for number, values in enumerate(items))
-    return AuditQuestion(**{"objective": Elicit(), "success": Contains(), "items": rows, "budget": 60.0, "max_new_tokens": 2, **changes})
+    return AuditQuestion(
+        **{"objective": Elicit(), "success": Contains(), "items": rows, "budget": 60.0, "max_new_tokens": 2, **changes}
+    )
 
 
 def one_try(target: AuditTarget, technique, question: AuditQuestion) -> Progress:
@@ -88,7 +90,9 @@ def test_lens_of_the_last_layer_is_the_model_itself(target) -> None:
 
 def test_inner_attacks_reach_what_the_prompt_does_not_and_are_no_level_s_result(target) -> None:
     question = question_of([{"prompt": "the river runs", "target": "q"}], budget=400.0)
-    results = run_question(target, question, [SoftPrompt(tokens=3), LatentAttack(largest=2.0, bisections=3)], {"white": WHITE}).results
+    results = run_question(
+        target, question, [SoftPrompt(tokens=3), LatentAttack(largest=2.0, bisections=3)], {"white": WHITE}
+    ).results
     soft, latent = results["techniques"]
     assert soft["items"][0]["success"] and latent["items"][0]["success"]
     assert 0 < latent["items"][0]["perturbation"] <= 2
@@ -104,7 +108,9 @@ def test_smaller_latent_changes_than_the_one_found_were_tried_and_do_not_succeed
 
 def test_probe_tells_what_the_last_token_is_and_not_random_labels(target) -> None:
     words = {"river": " red", "town": " tan", "past": " pink"}
-    items = [{"prompt": f"{'the ' * (number % 5)}{word}", "target": label} for number in range(12) for word, label in words.items()]
+    items = [
+        {"prompt": f"{'the ' * (number % 5)}{word}", "target": label} for number in range(12) for word, label in words.items()
+    ]
     question = question_of(items)
     row = run_question(target, question, [LinearProbe()], {"white": WHITE}).results["techniques"][0]
     measures = row["items"][0]["measures"]
@@ -164,7 +170,9 @@ def test_low_rank_training_learns_and_leaves_the_model_as_it_was(target) -> None
 def test_elicitation_asks_items_after_training_on_the_others_and_tells_the_steps(target) -> None:
     items = [{"prompt": f"{word} the town", "target": " river"} for word in ("past", "and", "at", "runs")]
     question = question_of(items, budget=500.0)
-    row = run_question(target, question, [LoraElicitation(stages=(1, 30), learning_rate=1e-2)], {"white": WHITE}).results["techniques"][0]
+    row = run_question(target, question, [LoraElicitation(stages=(1, 30), learning_rate=1e-2)], {"white": WHITE}).results[
+        "techniques"
+    ][0]
     assert row["successes"] == 4 and {one["perturbation"] for one in row["items"]} <= {1.0, 30.0}
     # what one model learned is gone when the other half's turn comes, and at the end
     assert " river" not in target.generate(["past the town"], max_new_tokens=2)[0][0]

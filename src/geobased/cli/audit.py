@@ -225,7 +225,6 @@ def measure_organisms(
         print(f"{names} {100 * row['rate']:>5.1f} %  median {price} forward-equivalents")
 
 
-
 add_command(app, "run", run, RUN_EXAMPLES)
 add_command(app, "verify", verify, VERIFY_EXAMPLES)
 add_command(app, "reproduce", reproduce, REPRODUCE_EXAMPLES)
