@@ -1,6 +1,6 @@
 """Questions to ask of the text organisms, as configurations of `geobased audit run`.
 
-Each file asks one thing at black, grey and white access. The backdoor's answer, the recorded answers and the sentences of canaries
+Each file asks one thing at black, grey and white access. The backdoor's answer, the recorded answers and the canaries' sentences
 are known to the auditor, the trigger, the password and the numbers are not; `patching.yaml` alone starts from a trigger that was
 found. `closed_book.yaml` is a control: no amount of fine-tuning can give answers to questions whose record is missing.
 """
