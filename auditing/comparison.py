@@ -31,9 +31,8 @@ def compare(folders: Sequence[str | Path]) -> dict[str, Any]:
                 levels.append({**level, "model": content["model"]["name"], "name": f"{folder.name}: {level['access']}"})
     if len(levels) < 2:
         raise ValueError("there is one level of access in all: give a further report of the question")
-    for level in levels:
-        if len({other["access"] for other in levels}) < len(levels):
-            level["access"] = level["name"]
+    if len({level["access"] for level in levels}) < len(levels):
+        levels = [{**level, "access": level["name"]} for level in levels]
     pairs = [(one, other) for place, one in enumerate(levels) for other in levels[place + 1 :]]
     tests = paired_tests([(one["name"], one["items"], other["name"], other["items"]) for one, other in pairs])
     return {"question": first["question"], "levels": levels, "tests": tests}

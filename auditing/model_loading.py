@@ -56,8 +56,8 @@ class ModelSource:
             raise ValueError(f"template={self.template!r} does not say where the {{label}} stands")
         object.__setattr__(self, "labels", tuple(self.labels))
 
-    def folder(self) -> Path:
-        """Where the model's files are. Raises `ValueError` for a name that leads nowhere."""
+    def folder(self, *, download: bool = True) -> Path:
+        """Where the model's files are, fetched from the Hub if need be. Raises `ValueError` for a name that leads nowhere."""
         path = Path(self.name).expanduser()
         if path.is_dir():
             return path.resolve()
@@ -67,7 +67,7 @@ class ModelSource:
             raise ValueError(f"{self.name} is no folder of a saved model")
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(self.name))
+        return Path(snapshot_download(self.name, local_files_only=not download))
 
 
 def load_source(source: ModelSource) -> ServedModel:
@@ -83,13 +83,13 @@ def load_source(source: ModelSource) -> ServedModel:
     if architecture.endswith("ForImageClassification"):
         model: Any = AutoModelForImageClassification.from_pretrained(folder, **loading)
         return serve(
-            model.to(source.device), image_processor=AutoImageProcessor.from_pretrained(folder, use_fast=False), identity=identity
+            model.to(source.device), image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"), identity=identity
         )
     if source.labels:
         model = AutoModel.from_pretrained(folder, **loading)
         parts = {
             "tokenizer": AutoTokenizer.from_pretrained(folder),
-            "image_processor": AutoImageProcessor.from_pretrained(folder, use_fast=False),
+            "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil"),
         }
         return serve(model.to(source.device), labels=source.labels, template=source.template, identity=identity, **parts)
     if config.model_type in (*GEOLOCALIZERS, "clip"):

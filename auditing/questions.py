@@ -74,6 +74,8 @@ class AuditQuestion:
             _ = item[self.required[self.kind]]
             self.objective.check(item.values, item.id)
             self.success.check(item.values, item.id)
+            if self.kind == "image" and not (self.folder / item["image"]).is_file():
+                raise FileNotFoundError(f"item {item.id!r}: there is no image at {self.folder / item['image']}")
 
     @property
     def kind(self) -> str:

@@ -13,7 +13,7 @@ from geobased.line_chart import Line, line_chart
 
 # colours of the style sheet
 COLOURS = 6
-BAR_HEIGHT, BAR_LEFT, BAR_WIDTH, BAR_TOP = 34, 150, 340, 6
+BAR_WIDTH, BAR_HEIGHT, LABEL_HEIGHT, ROW_HEIGHT, MARGIN = 300, 14, 18, 40, 20
 MOST_EXAMPLES = 8
 
 
@@ -57,28 +57,25 @@ def shown(value: Any) -> str:
 
 def rate_plot(levels: Sequence[Mapping[str, Any]]) -> str:
     """Success rate of each level with its interval, as SVG."""
-    height = BAR_TOP + BAR_HEIGHT * len(levels) + 24
-    right = BAR_LEFT + BAR_WIDTH
+    bottom = ROW_HEIGHT * len(levels)
     parts = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x = BAR_LEFT + BAR_WIDTH * share
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{BAR_TOP}" y2="{height - 20}"/>')
-        parts.append(f'<text x="{x}" y="{height - 4}" text-anchor="middle">{share:.0%}</text>')
+        x = MARGIN + BAR_WIDTH * share
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="0" y2="{bottom + 4}"/>')
+        parts.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{share:.0%}</text>')
     told = []
     for place, level in enumerate(levels):
-        y = BAR_TOP + BAR_HEIGHT * place
-        rate, low, high = (BAR_LEFT + BAR_WIDTH * level[name] for name in ("rate", "low", "high"))
-        name = str(level["access"])
-        # a name that is too long for its place is in the table as well
-        label = name if len(name) <= 20 else name[:19] + "…"
-        middle = y + BAR_HEIGHT / 2
-        parts.append(f'<text x="{BAR_LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(label)}</text>')
-        parts.append(f'<rect class="bar" x="{BAR_LEFT}" y="{y + 8}" width="{rate - BAR_LEFT:.1f}" height="{BAR_HEIGHT - 16}"/>')
-        parts.append(f'<line class="interval" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
-        parts += [f'<line class="interval" x1="{x:.1f}" x2="{x:.1f}" y1="{middle - 5}" y2="{middle + 5}"/>' for x in (low, high)]
-        told.append(f"{name} {level['rate']:.1%} ({level['low']:.1%} to {level['high']:.1%})")
+        top = ROW_HEIGHT * place + LABEL_HEIGHT
+        middle = top + BAR_HEIGHT / 2
+        rate, low, high = (MARGIN + BAR_WIDTH * level[name] for name in ("rate", "low", "high"))
+        parts.append(f'<text x="{MARGIN + 4}" y="{top - 5}">{escape(level["access"])}</text>')
+        parts.append(f'<rect class="bar" x="{MARGIN}" y="{top}" width="{rate - MARGIN:.1f}" height="{BAR_HEIGHT}"/>')
+        ends = [(low, high, middle, middle), *((x, x, middle - 5, middle + 5) for x in (low, high))]
+        parts += [f'<line class="interval" x1="{a:.1f}" x2="{b:.1f}" y1="{c}" y2="{d}"/>' for a, b, c, d in ends]
+        told.append(f"{level['access']} {level['rate']:.1%} ({level['low']:.1%} to {level['high']:.1%})")
     summary = "Share of items with a failure found, with 95 % intervals: " + "; ".join(told)
-    return f'<svg viewBox="0 0 {right + 20} {height}" role="img" aria-label="{escape(summary)}">{"".join(parts)}</svg>'
+    size = f"0 0 {BAR_WIDTH + 2 * MARGIN} {bottom + 24}"
+    return f'<svg viewBox="{size}" role="img" aria-label="{escape(summary)}">{"".join(parts)}</svg>'
 
 
 def solved_plot(results: Mapping[str, Any]) -> str:

@@ -61,15 +61,12 @@ def run_question(
         if report is not None:
             report(f"{technique.name} ({level}): {row['finding']}")
     if not findings.results["techniques"]:
-        raise ValueError("no technique is permitted: " + "; ".join(f"{r['name']}: {r['why']}" for r in _refused(findings)))
+        refused = "; ".join(f"{row['name']}: {row['why']}" for row in findings.results["not_permitted"])
+        raise ValueError(f"no technique is permitted: {refused}")
     findings.results["budgets"] = budget_grid(question.budget)
     findings.results["levels"] = _levels(question, techniques, findings.results["techniques"], levels)
     findings.results["comparisons"] = _comparisons(findings.results["levels"])
     return findings
-
-
-def _refused(findings: Findings) -> list[dict[str, str]]:
-    return findings.results["not_permitted"]
 
 
 def _missing(technique: Technique, levels: Mapping[str, Capability]) -> str:
@@ -185,7 +182,7 @@ def _levels(
     levels: Mapping[str, Capability],
 ) -> list[dict[str, Any]]:
     needs = {technique.name: technique.needs for technique in techniques}
-    found = []
+    found: list[dict[str, Any]] = []
     for name, grant in levels.items():
         permitted = [row for row in rows if row["reachable"] and not needs[row["name"]] & ~grant]
         if not permitted:

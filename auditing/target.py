@@ -2,7 +2,7 @@
 
 with AuditTarget.open("based-mini", "black", mode="isolated") as target:
     with target.scope("my technique", "query", budget=20) as metered:
-        metered.generate(["The capital of France is"])[0][0]
+        metered.generate(["The capital of France is"])
         metered.spent, metered.left
         metered.logits(...)          # AccessDeniedError
 """
@@ -142,7 +142,7 @@ class AuditTarget:
 
     def __dir__(self) -> list[str]:
         granted = [name for name, needs in self.needs.items() if needs & self.grant]
-        return sorted([*granted, "close", "grant", "info", "kind", "left", "mode", "scope", "spent"])
+        return sorted([*granted, "close", "grant", "info", "kind", "ledger", "left", "mode", "scope", "spent"])
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise AccessDeniedError("a target cannot be pickled or copied")

@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .access import Capability, parse_access
+from .access import Capability
 from .questions import AuditQuestion, Item
 
 # short names in configurations -> where they are
@@ -195,9 +195,7 @@ def make_technique(settings: str | Mapping[str, Any]) -> Technique:
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"technique {name!r} has no setting {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     # lists of configurations stand for tuples
-    technique = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
-    parse_access(technique.needs)
-    return technique
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
 def derived_seed(*parts: Any) -> int:

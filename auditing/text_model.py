@@ -52,7 +52,7 @@ class TextModel(HeldModel):
 
     @verb(Capability.QUERY)
     def generate(self, call: Call, arguments: dict[str, Any], tensors: Tensors) -> Answer:
-        """Continuations [prompts][samples], greedy at temperature 0."""
+        """Continuations, a list of samples for each prompt; greedy at temperature 0."""
         prompts, samples = list(arguments["prompts"]), int(arguments["samples"])
         new_tokens, temperature, stop = int(arguments["max_new_tokens"]), float(arguments["temperature"]), arguments["stop"]
         if new_tokens < 1 or samples < 1 or temperature < 0:

@@ -38,7 +38,10 @@ class TextTarget(HeldTarget):
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> list[list[str]]:
-        """Continuations [prompts][samples], each up to the first of the strings `stop`; greedy at temperature 0. QUERY."""
+        """Continuations, a list of samples for each prompt, each up to the first of the strings `stop`. QUERY.
+
+        Greedy at temperature 0.
+        """
         arguments = {
             "prompts": list(prompts),
             "max_new_tokens": max_new_tokens,

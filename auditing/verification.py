@@ -96,7 +96,7 @@ def _check_model(content: Mapping[str, Any], report: AuditReport, model: str | P
         return Check("model", None, f"the model's files are not known: {why}")
     settings = report.content["configuration"]["model"]
     try:
-        place = Path(model) if model is not None else ModelSource(**settings).folder()
+        place = Path(model) if model is not None else ModelSource(**settings).folder(download=False)
         found = folder_sha256(place)
     except (OSError, ValueError) as error:
         return Check("model", None, f"the model's files are not here: {error}")

@@ -39,6 +39,7 @@ REFERENCE = (
     "kernels",
     "training",
     "recall",
+    "auditing",
     "model_cards",
 )
 # where the other modules are machinery of the models

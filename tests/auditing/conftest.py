@@ -1,6 +1,5 @@
 """A small question about the tiny model, and a report of it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,8 +50,3 @@ def target(tiny_model_dir: Path):
 
     with AuditTarget.open(str(tiny_model_dir), "white", mode="in_process") as opened:
         yield opened
-
-
-@pytest.fixture
-def black_question(configuration):
-    return replace(configuration.question, budget=20.0)

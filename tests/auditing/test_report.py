@@ -179,6 +179,7 @@ def test_reports_of_one_question_are_compared_and_of_others_not(report, saved, t
     result = compare([tmp_path / "black", saved])
     assert len(result["levels"]) == 3 and len(result["tests"]) == 3
     assert result["tests"][0]["p_value"] == 1
+    assert [level["access"] for level in result["levels"]] == ["black: black", "report: black", "report: grey"]
     assert "Audits compared" in comparison_page(result)
     content["question_sha256"] = "0" * 64
     AuditReport(content, report.rows).save(tmp_path / "other")

@@ -6,13 +6,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from geobased.auditing import GREY, AuditQuestion, AuditTarget, Capability, Item, Technique, smallest_perturbation
 from geobased.auditing.configuration import AuditConfiguration
 from geobased.auditing.objectives import OBJECTIVES, SUCCESSES
+from geobased.auditing.report import run_audit
 from geobased.auditing.runner import run_question
 from geobased.auditing.statistics import holm, loss_curve, mcnemar, solved_curve, wilson_interval
 from geobased.auditing.technique import make_technique
+from geobased.auditing.verification import reproduce
 
 
 @dataclass(frozen=True)
@@ -213,3 +216,55 @@ def test_the_smallest_perturbation_is_found_by_bisection():
     assert smallest_perturbation(lambda size: size >= 0.3, 0, 1, steps=12) == pytest.approx(0.3, abs=1e-3)
     assert smallest_perturbation(lambda size: size >= 5, 0, 16, integral=True) == 5
     assert smallest_perturbation(lambda size: False, 0, 1) is None
+
+
+@dataclass(frozen=True)
+class Grey(Technique):
+    """Blends the image into grey, by bisection."""
+
+    name: ClassVar[str] = "grey"
+    kind: ClassVar[str] = "image"
+    needs: ClassVar[Capability] = Capability.QUERY
+    perturbation_unit: ClassVar[str] = "share of grey"
+
+    def attempt(self, target, question, item, progress, seed):
+        image = target.prepare([question.picture(item)])
+        progress.show("the image", (image[0].permute(1, 2, 0) * 255).byte().numpy())
+
+        def succeeds(share):
+            blended = image * (1 - share) + 0.5 * share
+            return progress.tried(target.answer(blended)[0], candidate={"share": share}, perturbation=share)
+
+        smallest_perturbation(succeeds, 0, 1, steps=4)
+
+
+def test_images_are_asked_about_and_the_same_images_again(tiny_clip_dir, tmp_path):
+    generator = np.random.default_rng(0)
+    items = []
+    for number in range(3):
+        Image.fromarray(generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        items.append({"image": f"{number}.png", "reference": "Peru"})
+    content = {
+        "model": {"name": str(tiny_clip_dir), "labels": ["Peru", "Kenya", "Japan"]},
+        "mode": "in_process",
+        "access": "black",
+        "question": {
+            "objective": {"type": "lead_away", "answer": "label"},
+            "success": {"type": "is_not", "answer": "label"},
+            "budget": 4,
+            "items": items,
+        },
+        "techniques": [f"{__name__}:Grey"],
+    }
+    report = run_audit(AuditConfiguration.from_dict(content, tmp_path))
+    (row,) = report.content["results"]["techniques"]
+    assert [item["spent"] for item in row["items"]] == [1 if not item["success"] else 4 for item in row["items"]]
+    assert len(report.pictures) == 3 and row["settings"] == {"name": f"{Grey.__module__}:Grey"}
+    report.save(tmp_path / "report")
+    assert reproduce(tmp_path / "report", data=tmp_path).same_ledger
+    Image.new("RGB", (40, 60)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="another image"):
+        reproduce(tmp_path / "report", data=tmp_path)
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(FileNotFoundError, match="no image at"):
+        AuditConfiguration.from_dict(content, tmp_path)

@@ -157,7 +157,7 @@ def picture():
 def test_a_clip_with_labels_is_a_zero_shot_classifier(tiny_clip_dir, picture):
     clip = AutoModel.from_pretrained(tiny_clip_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip_dir)
-    processor = AutoImageProcessor.from_pretrained(tiny_clip_dir, use_fast=False)
+    processor = AutoImageProcessor.from_pretrained(tiny_clip_dir, backend="pil")
     labels = ["Peru", "Kenya", "Japan"]
     parts = {"tokenizer": tokenizer, "image_processor": processor, "labels": labels}
     with AuditTarget.open(clip, "de_facto_white", **parts) as target, target.scope("x", "de_facto_white", budget=50) as scope:

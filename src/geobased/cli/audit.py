@@ -1,7 +1,9 @@
 """`geobased audit`: run audits of models, check their reports, run them again, and compare them."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,7 @@ app = typer.Typer(
     help="Audit models at recorded levels of access, and check the reports.",
 )
 RUN_EXAMPLES = (
-    "geobased audit run audit.yaml --output-dir report",
+    "geobased audit run audit.yaml",
     "geobased audit run audit.yaml --output-dir report --key auditor.pem --json",
 )
 VERIFY_EXAMPLES = (
@@ -40,7 +42,9 @@ Folder = Annotated[Path, typer.Argument(metavar="REPORT", help="Folder of a repo
 
 def run(
     configuration: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Model, access, question and techniques.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder of the report.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the report; named after the configuration by default.", show_default=False)
+    ] = None,
     key: Annotated[
         Path | None, typer.Option(help="Private key to sign with, of `geobased audit key`.", show_default=False)
     ] = None,
@@ -58,10 +62,11 @@ def run(
     from geobased.auditing.statement import read_private_key, throwaway_key
 
     read = read_configuration(configuration)
+    output_dir = output_dir or Path(f"{configuration.stem}-report")
     signing = read_private_key(key) if key is not None else throwaway_key()
     if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
         raise CommandError(f"--output-dir {output_dir} is not empty: choose another folder, or replace a report with --overwrite")
-    with quiet_transformers():
+    with _running():
         report = run_audit(read, _say)
     signed = report.save(output_dir, private_key=signing, overwrite=overwrite)
     if json_output:
@@ -109,7 +114,7 @@ def reproduce(
     """Run an audit again from the configuration in its report, and compare the results."""
     from geobased.auditing.verification import reproduce as again
 
-    with quiet_transformers():
+    with _running():
         result = again(folder, model=model, data=data, report=_say)
     if output_dir is not None:
         result.report.save(output_dir)
@@ -232,6 +237,18 @@ add_command(app, "compare", compare, COMPARE_EXAMPLES)
 add_command(app, "key", key, KEY_EXAMPLES)
 add_command(app, "train-organism", train_organism, ORGANISM_EXAMPLES)
 add_command(app, "measure-organisms", measure_organisms, MEASURE_EXAMPLES)
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    """Within this context transformers is quiet, and what the model or its server does not do ends the command."""
+    from geobased.auditing import AuditError
+
+    try:
+        with quiet_transformers():
+            yield
+    except AuditError as error:
+        raise CommandError(str(error), FAILURE) from error
 
 
 def _say(line: str) -> None:
