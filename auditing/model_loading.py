@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from geobased.checkpoints import checkpoint_path, shipped_checkpoints
+from geobased.checkpoints import checkpoint_path, shipped_checkpoints, shipped_organisms
 
 from .canonical import folder_sha256, message_sha256
 from .image_model import GeolocatedImages, LabelledImages, labels_of_classifier, labels_of_clip
@@ -61,7 +61,7 @@ class ModelSource:
         path = Path(self.name).expanduser()
         if path.is_dir():
             return path.resolve()
-        if self.name in shipped_checkpoints():
+        if self.name in (*shipped_checkpoints(), *shipped_organisms()):
             return Path(checkpoint_path(self.name))
         if path.exists() or self.name.count("/") > 1:
             raise ValueError(f"{self.name} is no folder of a saved model")
