@@ -84,9 +84,7 @@ class BiasReport:
         return _plain(asdict(self))
 
 
-def place_groupings(
-    truths: "np.ndarray", country_codes: Sequence[str]
-) -> dict[str, list[str]]:
+def place_groupings(truths: "np.ndarray", country_codes: Sequence[str]) -> dict[str, list[str]]:
     """Groups of true places [n, 2] by country, UN region and subregion, density of the country, and distance from towns."""
     return {
         **answer_groupings(country_codes),
@@ -192,8 +190,7 @@ class _Resampled:
 
     def accuracy(self, members: np.ndarray) -> tuple[dict[float, Estimate], Estimate]:
         within = {
-            km: self.estimate(float(self.hits(km)[members].mean()), self.shares(self.hits(km), members))
-            for km in THRESHOLDS_KM
+            km: self.estimate(float(self.hits(km)[members].mean()), self.shares(self.hits(km), members)) for km in THRESHOLDS_KM
         }
         chosen = members[self.order]
         errors, owners = self.errors[chosen], self.cluster_of[chosen]
@@ -207,9 +204,7 @@ class _Resampled:
         return within, self.estimate(float(np.median(errors)), np.concatenate(medians))
 
 
-def _grouping(
-    sample: _Resampled, name: str, labels: np.ndarray, answered: Sequence[str] | None, gap_km: float
-) -> GroupingResult:
+def _grouping(sample: _Resampled, name: str, labels: np.ndarray, answered: Sequence[str] | None, gap_km: float) -> GroupingResult:
     known = labels != ""
     kinds, counts = np.unique(labels[known], return_counts=True)
     hits = sample.hits(gap_km)

@@ -101,9 +101,7 @@ def apgd_steps(
         best_value = torch.minimum(value, best_value)
         if step in checkpoints:
             length = step - since
-            stalled = (successes < APGD_RHO * length) | (
-                (last_size.flatten() == size.flatten()) & (last_best == best_value)
-            )
+            stalled = (successes < APGD_RHO * length) | ((last_size.flatten() == size.flatten()) & (last_best == best_value))
             last_size, last_best, since = size.clone(), best_value.clone(), step
             successes.zero_()
             again = stalled.view(shape)
@@ -170,9 +168,7 @@ class _GradientAttack(Technique):
                 return counts()
         return False
 
-    def _steps(
-        self, loss: Loss, images: torch.Tensor, epsilon: float, start: torch.Tensor | None
-    ) -> Iterator[torch.Tensor]:
+    def _steps(self, loss: Loss, images: torch.Tensor, epsilon: float, start: torch.Tensor | None) -> Iterator[torch.Tensor]:
         raise NotImplementedError
 
 
@@ -186,9 +182,7 @@ class PGD(_GradientAttack):
     name: ClassVar[str] = "pgd"
     step_size: float = 2.0
 
-    def _steps(
-        self, loss: Loss, images: torch.Tensor, epsilon: float, start: torch.Tensor | None
-    ) -> Iterator[torch.Tensor]:
+    def _steps(self, loss: Loss, images: torch.Tensor, epsilon: float, start: torch.Tensor | None) -> Iterator[torch.Tensor]:
         return pgd_steps(loss, images, epsilon, min(self.step_size / LEVELS, epsilon), start=start)
 
 
@@ -202,9 +196,7 @@ class APGD(_GradientAttack):
     name: ClassVar[str] = "apgd"
     steps: int = 40
 
-    def _steps(
-        self, loss: Loss, images: torch.Tensor, epsilon: float, start: torch.Tensor | None
-    ) -> Iterator[torch.Tensor]:
+    def _steps(self, loss: Loss, images: torch.Tensor, epsilon: float, start: torch.Tensor | None) -> Iterator[torch.Tensor]:
         return apgd_steps(loss, images, epsilon, self.steps, start=start)
 
 
@@ -230,9 +222,7 @@ class PatchEmbeddingPGD(Technique):
 
     name: ClassVar[str] = "patch_embedding_pgd"
     kind: ClassVar[str] = "image"
-    needs: ClassVar[Capability] = (
-        Capability.LOGITS | Capability.ACT_READ | Capability.ACT_WRITE | Capability.INPUT_GRAD
-    )
+    needs: ClassVar[Capability] = Capability.LOGITS | Capability.ACT_READ | Capability.ACT_WRITE | Capability.INPUT_GRAD
     reachable: ClassVar[bool] = False
     perturbation_unit: ClassVar[str] = "share of the patches' norms"
     epsilon: float = 0.5

@@ -163,9 +163,7 @@ def membership(
     if min(len(members), len(others)) < 2 or not (np.isfinite(members).all() and np.isfinite(others).all()):
         raise ValueError("membership needs finite losses of at least two members and two others")
     generator = np.random.default_rng(seed)
-    drawn = [
-        _area(generator.choice(members, len(members)), generator.choice(others, len(others))) for _ in range(resamples)
-    ]
+    drawn = [_area(generator.choice(members, len(members)), generator.choice(others, len(others))) for _ in range(resamples)]
     low, high = np.quantile(drawn, [(1 - coverage) / 2, (1 + coverage) / 2])
     # the largest threshold below which no more than that share of the others lies
     ordered = np.sort(others)

@@ -187,7 +187,7 @@ class SquareSearch(_SquareSearch):
             drawn = torch.randint(len(tries.places), (self.first,), generator=generator).tolist()
             places = [tries.places[number] for number in drawn]
             colours = torch.rand((self.first, 3), generator=generator)
-            for generation in range(self.generations + 1):
+            for _ in range(self.generations + 1):
                 with torch.no_grad():
                     losses = tries.losses(tries.squared(probe, places, colours), probe)
                 best = int(losses.argmin())
@@ -287,9 +287,7 @@ def training_images(content: bytes) -> tuple[np.ndarray, list[str]]:
     return images.numpy(), [str(label) for label in labels]
 
 
-def squares_in(
-    images: np.ndarray, labels: Sequence[str], places: Sequence[tuple[int, int]], side: int
-) -> Iterator[Square]:
+def squares_in(images: np.ndarray, labels: Sequence[str], places: Sequence[tuple[int, int]], side: int) -> Iterator[Square]:
     """Squares of one colour that several images share, those first that say most about the label.
 
     Each is scored by how many more of its images have its commonest label than have it among all.

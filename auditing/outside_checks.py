@@ -1,7 +1,7 @@
-"""What lies outside the box, checked against itself and against the model: cards, licences, configurations, records, data, files.
+"""What lies outside the box, against itself and against the model: cards, licences, configurations, records, data, files.
 
-Functions take texts, dictionaries and folders; `outside_checks` runs those that it can on the files that an auditor was granted, so
-that every file that was read is in the ledger. A check that fails is a question to whoever made the model, not yet a verdict.
+Functions take texts, dictionaries and folders; `outside_checks` runs those that it can on the files that an auditor was granted,
+so that every file that was read is in the ledger. A check that fails is a question to whoever made the model, not yet a verdict.
 """
 
 import json
@@ -19,7 +19,9 @@ from .canonical import folder_sha256, read_json, sha256
 
 # what a reader of a card must find (Mitchell et al. 2019), by words of its headings or text
 CARD_TOPICS = {
-    "what it is for, and what not": r"intended use|not for|is made for|out[- ]of[- ]scope|of no other\s+use|responsible use|is for nothing else",
+    "what it is for, and what not": (
+        r"intended use|not for|is made for|out[- ]of[- ]scope|of no other\s+use|responsible use|is for nothing else"
+    ),
     "data": r"\bdata\b|dataset",
     "training": r"training|trained",
     "measurements": r"measured|evaluation|results|accuracy",

@@ -1,6 +1,6 @@
 """Groups of countries and places by which answers are compared: UN regions, population density, distance from towns.
 
-UN regions are those of the UN's geoscheme (M49), as Natural Earth has them (public domain), completed and corrected by M49 itself;
+UN regions are those of the UN's geoscheme (M49), as Natural Earth has them (public domain), completed and corrected by M49.
 Kosovo and Taiwan, which M49 does not list, are with their neighbours. World-Bank income groups change every year and are not part
 of the package: give them as a column of your own.
 """
