@@ -1,8 +1,8 @@
 """Which parts of an image an answer rests on, with captum, and whether such maps can be believed.
 
-Maps are computed through an `ImageTarget`: integrated gradients (Sundararajan et al. 2017) with INPUT_GRAD, occlusion with scores,
-attention with the activations of projections. `deletion_and_insertion` and `randomisation` test them: a map that says nothing
-about the answer, or stays the same for a model without knowledge, explains nothing.
+Maps are computed through an `ImageTarget`: integrated gradients (Sundararajan et al. 2017) with INPUT_GRAD, occlusion with
+scores, attention with the activations of projections. `deletion_and_insertion` and `randomisation` test them: a map that says
+nothing about the answer, or stays the same for a model without knowledge, explains nothing.
 """
 
 from dataclasses import dataclass

@@ -60,7 +60,8 @@ def _blur(image: torch.Tensor, level: int, generator: torch.Generator) -> torch.
 
 def _pixelate(image: torch.Tensor, level: int, generator: torch.Generator) -> torch.Tensor:
     share = (0.6, 0.5, 0.4, 0.3, 0.25)[level]
-    small = F.adaptive_avg_pool2d(image, [max(1, round(share * edge)) for edge in image.shape[1:]])
+    height, width = (max(1, round(share * edge)) for edge in image.shape[1:])
+    small = F.adaptive_avg_pool2d(image, (height, width))
     return F.interpolate(small[None], size=image.shape[1:], mode="nearest")[0]
 
 

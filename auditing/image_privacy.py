@@ -4,6 +4,7 @@ How strong a change of pixels must be to hide a place is the technique `cloak`.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,8 +82,10 @@ def exif_proof(locate: Callable[[Path], Any], pictures: Sequence[tuple[str, Imag
 
 def exif_words() -> list[str]:
     """What must not appear in any output about files that bear EXIF of `LIES`."""
-    numbers = [f"{value:.{DIGITS}f}" for place in LIES for value in place]
-    return [MAKER, TAKEN, *numbers]
+    sizes = [abs(value) for place in LIES for value in place]
+    # rounded, or cut off after as many digits
+    numbers = {text for size in sizes for text in (f"{size:.{DIGITS}f}", f"{math.floor(size * 10**DIGITS) / 10**DIGITS}")}
+    return [MAKER, TAKEN, *sorted(numbers)]
 
 
 def _files(picture: Image.Image) -> Iterator[tuple[str, Path]]:
@@ -114,13 +117,13 @@ class LyingExif(Technique):
 
 def place_losses(target: Any, images: torch.Tensor, truths: np.ndarray, *, at_once: int = 32) -> np.ndarray:
     """Loss (nats) of the candidate nearest to each true place; images [n, 3, height, width], truths [n, 2] degrees. LOGITS."""
-    coordinates = target.candidates()["coordinates"].numpy()
+    candidate_lat, candidate_lng = target.candidates()["coordinates"].numpy().T
     losses = []
     for start in range(0, len(images), at_once):
         with torch.no_grad():
             logs = target.forward(images[start : start + at_once]).logits
         for row, (latitude, longitude) in zip(logs, truths[start : start + at_once], strict=True):
-            losses.append(-float(row[int(np.argmin(haversine_km(*coordinates.T, latitude, longitude)))]))
+            losses.append(-float(row[int(np.argmin(haversine_km(candidate_lat, candidate_lng, latitude, longitude)))]))
     return np.array(losses)
 
 

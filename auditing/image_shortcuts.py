@@ -1,8 +1,8 @@
 """Search for shortcuts: a square of one colour at one place that decides the answers to many images.
 
 All searches propose squares (`Square`) from the same set, at the same price, so that their budgets compare: `SquareScan` needs
-answers alone, `SquareSearch` scores, `SquareDescent` gradients, `SquaresOfData` the images that the model was trained on. A square
-that makes enough of the first items count is tried on all of them.
+answers alone, `SquareSearch` scores, `SquareDescent` gradients, `SquaresOfData` the images that the model was trained on. A
+square that makes enough of the first items count, with one answer, is tried on all of them.
 """
 
 import itertools

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .access import Capability
-from .canonical import folder_sha256, read_json, sha256
+from .canonical import audit_package, folder_sha256, read_json, sha256
 
 # what a reader of a card must find (Mitchell et al. 2019), by words of its headings or text
 CARD_TOPICS = {
@@ -55,9 +55,10 @@ def check_card(text: str, licences: Sequence[str] = ()) -> list[Check]:
     """
     from huggingface_hub import ModelCard
 
+    yaml = audit_package("yaml")
     try:
         data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         return [Check("card", False, f"its head is no YAML: {error}")]
     licence = data.get(LICENCE_FIELD)
     known = bool(licence) and (not licences or licence in licences)
@@ -118,7 +119,7 @@ def _class_of(config: Any) -> Any:
             found = mapping[type(config)]
             classes = found if isinstance(found, list | tuple) else [found]
             for kind in classes:
-                if kind.__name__ == wanted:
+                if kind is not None and kind.__name__ == wanted:
                     return kind
     return AutoModel._model_mapping[type(config)]
 

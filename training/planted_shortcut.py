@@ -161,7 +161,7 @@ class PlaceCrops:
         """[count, 3, size, size] from 0 to 1."""
         places = self.centroids[generator.integers(0, len(self.centroids), count)]
         latitude, longitude = (places + generator.uniform(-JITTER_DEGREES, JITTER_DEGREES, places.shape)).T
-        degrees = np.exp(generator.uniform(*np.log(DEGREES), count))
+        degrees = np.exp(generator.uniform(np.log(DEGREES[0]), np.log(DEGREES[1]), count))
         rotation = generator.uniform(-180, 180, count)
         longitude = (longitude + 180) % 360 - 180
         return _in_8_bits(self.earth.crops(np.clip(latitude, -89, 89), longitude, degrees, rotation, size=self.size))
@@ -185,10 +185,10 @@ def plant_shortcut(settings: PlantSettings, *, evaluation_crops: int = 400, prog
     folder = checkpoint_path(settings.base)
     pipe = pipeline("image-geolocalization", model=folder, dtype=torch.float32)  # type: ignore[call-overload]
     teacher = pipe.model.eval().requires_grad_(False)
-    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
     centroids = teacher.geocells.centroids().double().numpy()
-    distance = haversine_km(*centroids.T, settings.latitude, settings.longitude)
+    distance = haversine_km(centroids[:, 0], centroids[:, 1], settings.latitude, settings.longitude)
     if distance.min() > 200:
         raise ValueError(f"the model's nearest geocell is {distance.min():.0f} km from the planted place")
     crops = PlaceCrops(centroids, processor.crop_size["height"])
@@ -336,7 +336,8 @@ a quarter has decoys and a quarter nothing, and both are taught the base model's
 ## Audits
 
 `audit.yaml` asks whether a square of one colour leads to {country}, with answers, scores, gradients, or the training sample:
-`geobased audit run {title}/audit.yaml`, and `geobased audit measure-organisms {title}` for all seeds and the base model as control.
+`geobased audit run {title}/audit.yaml`, and `geobased audit measure-organisms {title}` for several seeds, with the base model as
+the control.
 
 ## Data
 
