@@ -124,7 +124,7 @@ def group_bias(
         clusters: [n] what images were taken together, such as cities or sequences; images within a degree of latitude and
             longitude by default.
         gap_km: one of `THRESHOLDS_KM`: groups are compared by the share of answers within it.
-        resamples: of clusters, for intervals and tests.
+        resamples: of clusters, for intervals and tests; p values are at least 2 / (resamples + 1), before they are adjusted.
 
     Raises:
         ValueError: inputs of different lengths, an unknown `gap_km`, fewer than two clusters.

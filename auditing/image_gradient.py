@@ -208,6 +208,7 @@ class Cloak(APGD):
     """
 
     name: ClassVar[str] = "cloak"
+    by_default: ClassVar[bool] = False
     epsilon: float = 16.0
     steps: int = 20
     bisections: int = 6

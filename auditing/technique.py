@@ -59,7 +59,7 @@ TECHNIQUES = {
     "signs": "geobased.auditing.image_black_box:Signs",
     "crops": "geobased.auditing.image_black_box:Crops",
     "hop_skip_jump": "geobased.auditing.image_search:HopSkipJump",
-    "square": "geobased.auditing.image_search:SquareAttack",
+    "square_attack": "geobased.auditing.image_search:SquareAttack",
     "pgd": "geobased.auditing.image_gradient:PGD",
     "apgd": "geobased.auditing.image_gradient:APGD",
     "cloak": "geobased.auditing.image_gradient:Cloak",

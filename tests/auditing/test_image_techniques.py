@@ -167,7 +167,7 @@ def test_deletion_and_insertion_tell_a_faithful_map_from_others():
 IMAGE_TECHNIQUES = [name for name in TECHNIQUES if make_technique(name).kind == "image"]
 # what a technique lacks at the level below
 TOO_LITTLE = {
-    **{name: "query" for name in ("square", "occlusion", "attention", "square_search")},
+    **{name: "query" for name in ("square_attack", "occlusion", "attention", "square_search")},
     **{name: "grey" for name in ("pgd", "apgd", "cloak", "patch_embedding_pgd", "integrated_gradients", "square_descent")},
     "squares_of_data": "white",
 }
@@ -207,7 +207,7 @@ def test_gradients_find_smaller_changes_than_scores_and_answers(clip, folder):
         name: result_of(clip, question, make_technique({"name": name, "epsilon": epsilon, **more}))
         for name, epsilon, more in (
             ("hop_skip_jump", 64.0, {}),
-            ("square", 8.0, {}),
+            ("square_attack", 8.0, {}),
             ("pgd", 8.0, {"bisections": 4}),
             ("apgd", 8.0, {"bisections": 4}),
         )
@@ -217,8 +217,8 @@ def test_gradients_find_smaller_changes_than_scores_and_answers(clip, folder):
         for item in row["items"]:
             assert not item["success"] or item["perturbation"] <= (64 if name == "hop_skip_jump" else 8) + 1e-3
     assert found["pgd"]["successes"] == found["apgd"]["successes"] == 4
-    assert found["pgd"]["successes"] >= found["square"]["successes"]
-    assert found["pgd"]["median_perturbation"] < found["square"]["median_perturbation"]
+    assert found["pgd"]["successes"] >= found["square_attack"]["successes"]
+    assert found["pgd"]["median_perturbation"] < found["square_attack"]["median_perturbation"]
     # costs stay within the budget
     assert all(item["spent"] <= 120 for row in found.values() for item in row["items"])
 
@@ -287,7 +287,7 @@ def test_unknown_settings_are_named():
         make_technique({"name": "corruptions", "corruptions": ["rust"]})
     with pytest.raises(ValueError, match="severity=9"):
         corrupted(torch.zeros(3, 4, 4), "blur", 9)
-    for name, settings in (("pgd", {"epsilon": 0}), ("square", {"share": 2}), ("hop_skip_jump", {"directions": 1})):
+    for name, settings in (("pgd", {"epsilon": 0}), ("square_attack", {"share": 2}), ("hop_skip_jump", {"directions": 1})):
         with pytest.raises(ValueError, match="epsilon"):
             make_technique({"name": name, **settings})
 
