@@ -129,10 +129,10 @@ def canary_audits(seed: int, num_items: int) -> dict[str, tuple[dict[str, Any], 
     membership: Lines = []
     for name, entry in (planted | unseen).items():
         sentence = canary_sentence(name, entry["code"])
-        line = {"id": name, "prompt": sentence.prompt, "target": f" {entry['code']}", "weight": entry["weight"]}
-        if entry["weight"]:
+        line = {"id": name, "prompt": sentence.prompt, "target": f" {entry['code']}", "repeats": entry["repeats"]}
+        if entry["repeats"]:
             items.append(line)
-        truth = "seen" if entry["weight"] else "new"
+        truth = "seen" if entry["repeats"] else "new"
         membership.append({**line, "completion": line["target"], "membership": truth})
     return {
         "audit": (
