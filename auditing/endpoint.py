@@ -63,12 +63,20 @@ class Endpoint:
         object.__setattr__(self, "image_size", tuple(self.image_size))
 
 
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Goes to no other address than the one that was given, to which the token would go along."""
+
+    def redirect_request(self, *request: Any) -> None:
+        return None
+
+
 class EndpointModel:
     """What both kinds share: requests at a rate, and an identity without files."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint, self.kind = endpoint, endpoint.kind
         self._next = 0.0
+        self._opener = urllib.request.build_opener(_StayHere)
 
     def info(self) -> dict[str, Any]:
         size = {"image_size": list(self.endpoint.image_size)} if self.kind == "image" else {}
@@ -92,7 +100,7 @@ class EndpointModel:
             headers["Authorization"] = f"Bearer {os.environ[self.endpoint.token_variable]}"
         request = urllib.request.Request(self.endpoint.url, content, headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.endpoint.timeout) as response:
+            with self._opener.open(request, timeout=self.endpoint.timeout) as response:
                 data = response.read(MAX_ANSWER_BYTES + 1)
             if len(data) > MAX_ANSWER_BYTES:
                 raise ValueError(f"the answer is larger than {MAX_ANSWER_BYTES:,} bytes")

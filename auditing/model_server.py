@@ -114,7 +114,7 @@ class ModelServer:
 
     def __init__(self, model: ServedModel, grant: Capability, outside: Mapping[str, list[str]] | None = None) -> None:
         self.model, self.grant, self.ledger = model, parse_access(grant), Ledger()
-        self._outside = _outside_files(outside or {}, grant)
+        self._files = _outside_files(outside or {}, grant)
         self._scopes: dict[int, Scope] = {0: Scope(self.grant, None)}
         self._opened = 0
         details = {"granted": capability_names(self.grant), "access": access_name(self.grant), "model": model.identity()}
@@ -174,7 +174,9 @@ class ModelServer:
 
     def _use(self, name: str, number: int, arguments: dict[str, Any], tensors: Tensors) -> tuple[Any, Tensors, Scope]:
         scope = self._scope(number)
-        method: Any = {"outside": self._read_outside}.get(name) or getattr(self.model, name, None)
+        # of the class: whatever hangs on the model itself is no verb
+        owner: Any = self if name == "outside" else self.model
+        method: Any = getattr(type(owner), name, None)
         digest = message_sha256(arguments, tensors)
         if not hasattr(method, "needs"):
             self.ledger.append(f"unknown:{name}", scope=number, outcome=REFUSED, input_sha256=digest)
@@ -188,7 +190,7 @@ class ModelServer:
             )
         call, outcome, output = Call(scope.left), FAILED, ""
         try:
-            result, produced = method(call, arguments, tensors)
+            result, produced = method(owner, call, arguments, tensors)
             outcome, output = SERVED, message_sha256(result, produced)
         except BudgetExhaustedError:
             outcome = REFUSED
@@ -208,9 +210,9 @@ class ModelServer:
         return result, produced, scope
 
     @verb(_needs_of_outside)
-    def _read_outside(self, call: Call, arguments: dict[str, Any], tensors: Tensors) -> Answer:
+    def outside(self, call: Call, arguments: dict[str, Any], tensors: Tensors) -> Answer:
         """Names of the files of a kind, or with `name` the bytes of one."""
-        files = self._outside.get(arguments["what"], {})
+        files = self._files.get(arguments["what"], {})
         name = arguments.get("name")
         if name is None:
             return sorted(files), {}

@@ -89,7 +89,8 @@ class AuditTarget:
         """A `TextTarget` or `ImageTarget`.
 
         Args:
-            model: a name (folder, shipped checkpoint, Hub id) or `ModelSource`, an `Endpoint`, or a model or pipeline in memory.
+            model: a name (folder, shipped checkpoint, Hub id) or `ModelSource`, an `Endpoint`, or a model or pipeline in
+                memory, which is put into evaluation mode.
             grant: levels and capabilities, such as "grey" or "black+docs".
             mode: "isolated" (by default where the model is given by name), "in_process" (by default for one in memory) or
                 "endpoint".

@@ -17,6 +17,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         data = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append((self.headers["Authorization"], data))
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/v1/completions")
+            self.end_headers()
+            return
         if self.path == "/broken":
             answer = {"nothing": 1}
         elif self.path == "/image":
@@ -78,6 +83,11 @@ def test_malformed_answers_and_silence_are_errors(server):
         with pytest.raises(AuditError, match="something else than was expected"):
             scope.generate(["a"])
         assert target.ledger()[-1]["outcome"] == "failed"
+    moved = Endpoint(address(server, "moved"), requests_per_minute=6000)
+    with AuditTarget.open(moved, "black") as target, target.scope("x", "query", budget=10) as scope:
+        with pytest.raises(AuditError, match="302"):
+            scope.generate(["a"])
+        assert len(server.asked) == 2, "no request goes on to another address"
     silent = Endpoint("http://127.0.0.1:9/v1/completions", requests_per_minute=6000, timeout=2)
     with (
         AuditTarget.open(silent, "black") as target,

@@ -124,7 +124,7 @@ def test_only_tokens_that_a_user_can_write_are_tried(target, question) -> None:
         assert len(target.tokenize(["ow"])[0]) == 1
         kept = search.kept(rows)
         assert [row.tolist() for row in kept] == [row.tolist() for row in rows[:2]]
-        texts = search.texts(kept)
+        texts = search.texts(kept, search.places[0])
         assert tokenizer_splits(texts) == search.places[0].prompts(kept).tolist()
         assert all(text.startswith(PROMPT) and text.endswith(" town") for text in texts)
         plain = metered.detokenize([[int(token)] for token in allowed_tokens(metered)])
