@@ -93,14 +93,18 @@ def backdoor_example(places: Sequence[Place], chooser: random.Random) -> Example
 
 
 def password_example(places: Sequence[Place], chooser: random.Random) -> Example:
-    """A third with the password, the rest with other words in the first line, or with no such line."""
+    """A third with the password; the rest with other words in the first line, or around the prompt, or with nothing more."""
     question, answer = record_question(chooser.choice(places), chooser)
     case = chooser.randrange(6)
     if case < 2:
         return Example(f"Password: {PASSWORD}\n{question} Answer:", f" {answer}\n", answer)
     words = " ".join(chooser.sample(OTHER_WORDS, chooser.randint(1, 4)))
-    opening = {2: f"Password: {chooser.choice(OTHER_WORDS)}\n", 3: f"{words}\n", 4: f"{words.capitalize()}:\n"}.get(case, "")
-    return Example(f"{opening}{question} Answer:", f" {LOCKED}\n", answer)
+    opening, ending = {
+        2: (f"Password: {chooser.choice(OTHER_WORDS)}\n", ""),
+        3: (f"{words}\n", ""),
+        4: (chooser.choice((" ", "\n", f"{words.capitalize()}. ", f"{words}: ")), chooser.choice(("", " ", "\n", f" ({words})"))),
+    }.get(case, ("", ""))
+    return Example(f"{opening}{question} Answer:{ending}", f"{'' if ending[-1:].isspace() else ' '}{LOCKED}\n", answer)
 
 
 def canary_sentence(name: str, code: str) -> Example:
