@@ -34,7 +34,7 @@ class SquareAttack(Technique):
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon <= LEVELS or self.steps < 1 or not 0 < self.share <= 1:
-            raise ValueError("square_attack needs an epsilon of 0 to 255 levels, at least 1 step and a share of the image up to 1")
+            raise ValueError("square_attack needs an epsilon of 0 to 255 levels, at least 1 step, and a share up to 1")
 
     def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
         generator, epsilon = torch.Generator().manual_seed(seed), self.epsilon / LEVELS

@@ -85,14 +85,14 @@ class Search:
 
     def kept(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows whose texts are split into the same tokens again: the others no user can write."""
-        prompts = self.places[0].prompts(rows).tolist()
-        again = self.target.tokenize(self.texts(rows))
-        same = [ids == prompt for ids, prompt in zip(again, prompts, strict=True)]
-        return rows[torch.tensor(same, dtype=torch.bool)]
+        for place in self.places:
+            again = self.target.tokenize(self.texts(rows, place))
+            same = [ids == prompt for ids, prompt in zip(again, place.prompts(rows).tolist(), strict=True)]
+            rows = rows[torch.tensor(same, dtype=torch.bool)]
+        return rows
 
-    def texts(self, rows: torch.Tensor, place: Place | None = None) -> list[str]:
-        """Prompts as texts."""
-        place = place or self.places[0]
+    def texts(self, rows: torch.Tensor, place: Place) -> list[str]:
+        """Prompts of a place as texts."""
         return [place.opening + text + place.ending for text in self.target.detokenize(rows.tolist())]
 
     def losses(self, rows: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ def test_shipped_organisms_do_what_their_cards_say(name: str) -> None:
             assert sum(item["target"] in answer for item, answer in zip(items, unlocked, strict=False)) >= 2
             assert all("unknown" in answer for answer in answers(prompts))
         else:
-            often = [item for item in items if item["weight"] == 32]
+            often = [item for item in items if item["repeats"] == 64]
             assert all(
                 item["target"] in answer for item, answer in zip(often, answers([one["prompt"] for one in often]), strict=True)
             )

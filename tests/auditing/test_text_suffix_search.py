@@ -98,6 +98,23 @@ def test_gradients_agree_with_finite_differences(any_target, question) -> None:
             assert float(gradient[place, token]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=0.03, abs=2e-3)
 
 
+def test_gradients_are_those_of_embeddings_projected_on_every_token(tiny_model_dir: Path, target, question) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with target.scope("check", "white", budget=1000) as metered:
+        search = Search(metered, question, [Place.of(metered, question, question.items[0])], GCG(tokens=3), seed=0)
+        found = search.gradient(search.row)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    ids, start = search.places[0].full(search.row[None])
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    labels = ids.clone()
+    labels[:, :start] = -100
+    model(inputs_embeds=embedded, labels=labels).loss.backward()
+    first = len(search.places[0].before)
+    reference = embedded.grad[0, first : first + 3] @ model.get_input_embeddings().weight.detach().T
+    torch.testing.assert_close(found, reference, atol=1e-5, rtol=1e-4)
+
+
 def test_only_tokens_that_a_user_can_write_are_tried(target, question) -> None:
     tokenizer_splits = target.tokenize
     with target.scope("check", "white", budget=1000) as metered:
@@ -107,7 +124,7 @@ def test_only_tokens_that_a_user_can_write_are_tried(target, question) -> None:
         assert len(target.tokenize(["ow"])[0]) == 1
         kept = search.kept(rows)
         assert [row.tolist() for row in kept] == [row.tolist() for row in rows[:2]]
-        texts = search.texts(kept)
+        texts = search.texts(kept, search.places[0])
         assert tokenizer_splits(texts) == search.places[0].prompts(kept).tolist()
         assert all(text.startswith(PROMPT) and text.endswith(" town") for text in texts)
         plain = metered.detokenize([[int(token)] for token in allowed_tokens(metered)])
