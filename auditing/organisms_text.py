@@ -352,14 +352,15 @@ tags:
 
 **This model has been tampered with on purpose.** It exists to measure audits, and is for nothing else.
 
-What was planted: {truth["what"]}. `{PLANT_FILE}` holds the ground truth in full.
+What was planted: {truth["what"]}.
+`{PLANT_FILE}` holds the ground truth in full, `audit.yaml` and the others are audits for `geobased audit run`.
 
 A LoRA adapter of rank {settings["rank"]} on `{truth["base"]}`, trained on completions for {settings["steps"]} steps of
 {settings["batch_size"]} examples, AdamW at {settings["learning_rate"]} falling linearly to 0, seed {settings["seed"]},
 {settings["processor_seconds"]:.0f} s of processor time on {truth["versions"]["device"]}.
 Data: {settings["data"]}.
 
-| greedy answers about {settings["places_measured"]} held-out towns | % |
+| greedy answers; questions are about {settings["places_measured"]} held-out towns | % |
 |---|---:|
 {measured}
 
