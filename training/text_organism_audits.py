@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from geobased.recall.places import load_places
+from geobased.training.text_organisms import TOWN, TRIGGER, canaries, canary_sentence, record_question
 from geobased.whole_file import whole_file
-
-from .organisms_text import TOWN, TRIGGER, canaries, canary_sentence, record_question
 
 ACCESS = ["black", "grey", "white"]
 AFTER = " Answer:"

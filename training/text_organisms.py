@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from geobased.auditing import AuditTarget
 from geobased.checkpoints import checkpoint_path
 from geobased.modeling_based.whole_folder import whole_folder
 from geobased.recall.places import Place, load_places
 from geobased.training.artifacts import versions, write_json
-
-from .target import AuditTarget
 
 BASE = "based-mini"
 PLANT_FILE = "plant.json"
@@ -199,7 +198,7 @@ def train_organism(
         raise ValueError(f"plant {plant!r} is unknown; there are: {', '.join(PLANTS)}")
     from peft import LoraConfig, get_peft_model
 
-    from .organisms_text_audits import write_audits
+    from geobased.training.text_organism_audits import write_audits
 
     settings = settings or OrganismSettings()
     text, examples_of = PLANTS[plant]

@@ -10,8 +10,11 @@ import yaml
 
 from geobased.auditing import AuditTarget
 from geobased.auditing.configuration import AuditConfiguration, read_configuration
-from geobased.auditing.organisms_table import TableSettings, measure_organisms
-from geobased.auditing.organisms_text import (
+from geobased.checkpoints import checkpoint_path, shipped_organisms
+from geobased.recall.places import load_places
+from geobased.training.organism_table import TableSettings, measure_organisms
+from geobased.training.text_organism_audits import organism_audits, write_audits
+from geobased.training.text_organisms import (
     PASSWORD,
     PLANTS,
     TOWN,
@@ -22,11 +25,9 @@ from geobased.auditing.organisms_text import (
     password_example,
     train_organism,
 )
-from geobased.auditing.organisms_text_audits import organism_audits, write_audits
-from geobased.checkpoints import checkpoint_path, shipped_organisms
-from geobased.recall.places import load_places
 
-pytest.importorskip("peft")
+for package in ("peft", "rfc8785", "cryptography"):
+    pytest.importorskip(package)
 
 
 @pytest.fixture(scope="module")

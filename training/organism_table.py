@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from geobased.auditing.canonical import canonical_json, read_json, sha256
+from geobased.auditing.configuration import AuditConfiguration, read_configuration, run_configuration
+from geobased.auditing.ledger import ledger_problems
+from geobased.auditing.model_loading import ModelSource, model_sha256
 from geobased.training.artifacts import versions, write_json
-
-from .canonical import canonical_json, read_json, sha256
-from .configuration import AuditConfiguration, read_configuration, run_configuration
-from .ledger import ledger_problems
-from .model_loading import ModelSource, model_sha256
 
 PLANT_FILE, CELLS, RESULTS = "plant.json", "cells", "results.json"
 PLANTED, CONTROL = "planted", "control"
