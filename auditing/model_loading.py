@@ -73,7 +73,7 @@ class ModelSource:
 def load_source(source: ModelSource) -> ServedModel:
     """The model that a source names, with digests of all its files. Raises `ValueError` for a kind that cannot be audited."""
     folder = source.folder()
-    files = folder_sha256(folder)
+    files = model_sha256(folder)
     if (folder / ADAPTER_FILE).is_file():
         return _load_adapter(source, folder, files)
     identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": files}
@@ -99,14 +99,28 @@ def load_source(source: ModelSource) -> ServedModel:
     return serve(model.to(source.device), tokenizer=AutoTokenizer.from_pretrained(folder), identity=identity)
 
 
+def _base_folder(folder: Path, *, download: bool = True) -> Path:
+    """Where the model is that an adapter goes on."""
+    named = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return ModelSource(named).folder(download=download)
+
+
+def model_sha256(folder: Path, *, download: bool = True) -> dict[str, str]:
+    """Digests of a model's files by their paths; those of the model that an adapter goes on begin with "base/"."""
+    files = folder_sha256(folder)
+    if not (folder / ADAPTER_FILE).is_file():
+        return files
+    base = folder_sha256(_base_folder(folder, download=download))
+    return {**{f"base/{name}": digest for name, digest in base.items()}, **files}
+
+
 def _load_adapter(source: ModelSource, folder: Path, files: dict[str, str]) -> ServedModel:
     """A LoRA adapter, merged into the language model or geolocalizer that it names."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ValueError(f"{source.name} is an adapter: pip install geobased[audit] for the package peft") from error
-    base = ModelSource(json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]).folder()
-    files = {**{f"base/{name}": digest for name, digest in folder_sha256(base).items()}, **files}
+    base = _base_folder(folder)
     identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": files}
     loading: dict[str, Any] = {"dtype": DTYPES[source.dtype]}
     if AutoConfig.from_pretrained(base).model_type in GEOLOCALIZERS:
@@ -160,4 +174,4 @@ def _identity(model: Any) -> dict[str, Any]:
     return {"name": model.config.name_or_path or type(model).__name__, "settings": {}, "files": {"state_dict": digest}}
 
 
-__all__ = ["ModelSource", "load_source", "serve"]
+__all__ = ["ModelSource", "load_source", "model_sha256", "serve"]

@@ -181,8 +181,8 @@ def train_organism(
     debug: Debug = False,
 ) -> None:
     """Train a small model with a known, harmless plant, to measure audits with: minutes on a CPU."""
-    from geobased.auditing.organisms_text import OrganismSettings
-    from geobased.auditing.organisms_text import train_organism as train
+    from geobased.training.text_organisms import OrganismSettings
+    from geobased.training.text_organisms import train_organism as train
 
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise CommandError(f"--output {output} is not empty: choose another folder, or replace it with --overwrite")
@@ -213,9 +213,9 @@ def measure_organisms(
     debug: Debug = False,
 ) -> None:
     """Measure which access finds which plant at what price, with the model without the plant as the control."""
-    from geobased.auditing.organisms_table import TableSettings
-    from geobased.auditing.organisms_table import measure_organisms as measure
     from geobased.checkpoints import shipped_organisms
+    from geobased.training.organism_table import TableSettings
+    from geobased.training.organism_table import measure_organisms as measure
 
     settings = TableSettings(seeds, budget_scale, most_items, tuple(question or ()), device)
     with quiet_transformers():

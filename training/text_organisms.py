@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from geobased.auditing import AuditTarget
 from geobased.checkpoints import checkpoint_path
 from geobased.modeling_based.whole_folder import whole_folder
 from geobased.recall.places import Place, load_places
 from geobased.training.artifacts import versions, write_json
-
-from .target import AuditTarget
 
 BASE = "based-mini"
 PLANT_FILE = "plant.json"
@@ -199,7 +198,7 @@ def train_organism(
         raise ValueError(f"plant {plant!r} is unknown; there are: {', '.join(PLANTS)}")
     from peft import LoraConfig, get_peft_model
 
-    from .organisms_text_audits import write_audits
+    from geobased.training.text_organism_audits import write_audits
 
     settings = settings or OrganismSettings()
     text, examples_of = PLANTS[plant]
@@ -352,14 +351,15 @@ tags:
 
 **This model has been tampered with on purpose.** It exists to measure audits, and is for nothing else.
 
-What was planted: {truth["what"]}. `{PLANT_FILE}` holds the ground truth in full.
+What was planted: {truth["what"]}.
+`{PLANT_FILE}` holds the ground truth in full, `audit.yaml` and the others are audits for `geobased audit run`.
 
 A LoRA adapter of rank {settings["rank"]} on `{truth["base"]}`, trained on completions for {settings["steps"]} steps of
 {settings["batch_size"]} examples, AdamW at {settings["learning_rate"]} falling linearly to 0, seed {settings["seed"]},
 {settings["processor_seconds"]:.0f} s of processor time on {truth["versions"]["device"]}.
 Data: {settings["data"]}.
 
-| greedy answers about {settings["places_measured"]} held-out towns | % |
+| greedy answers; questions are about {settings["places_measured"]} held-out towns | % |
 |---|---:|
 {measured}
 

@@ -9,9 +9,12 @@ import torch
 import yaml
 
 from geobased.auditing import AuditTarget
-from geobased.auditing.configuration import read_configuration
-from geobased.auditing.organisms_table import TableSettings, measure_organisms
-from geobased.auditing.organisms_text import (
+from geobased.auditing.configuration import AuditConfiguration, read_configuration
+from geobased.checkpoints import checkpoint_path, shipped_organisms
+from geobased.recall.places import load_places
+from geobased.training.organism_table import TableSettings, measure_organisms
+from geobased.training.text_organism_audits import organism_audits, write_audits
+from geobased.training.text_organisms import (
     PASSWORD,
     PLANTS,
     TOWN,
@@ -22,11 +25,9 @@ from geobased.auditing.organisms_text import (
     password_example,
     train_organism,
 )
-from geobased.auditing.organisms_text_audits import organism_audits, write_audits
-from geobased.checkpoints import checkpoint_path, shipped_organisms
-from geobased.recall.places import load_places
 
-pytest.importorskip("peft")
+for package in ("peft", "rfc8785", "cryptography"):
+    pytest.importorskip(package)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,20 @@ def test_organism_says_what_was_planted_and_is_an_adapter_that_audits_open(organ
     assert {"adapter_model.safetensors", "plant.json", "base/model.safetensors"} <= files.keys()
     with AuditTarget.open(str(tiny_model_dir), "grey", mode="in_process") as base:
         assert not torch.allclose(base.score(["the town"], [" river"])[0], found)
+
+
+def test_reports_of_adapters_are_verified_with_the_files_of_both_models(organism: Path, tmp_path: Path) -> None:
+    from geobased.auditing.report import run_audit
+    from geobased.auditing.statement import throwaway_key
+    from geobased.auditing.verification import verify
+
+    content = {"name": "small", "objective": "elicit", "success": "contains", "budget": 3, "max_new_tokens": 1}
+    question = {**content, "items": [{"prompt": "the town", "target": "q"}]}
+    configuration = {"model": str(organism), "mode": "in_process", "access": "black", "question": question}
+    report = run_audit(AuditConfiguration.from_dict({**configuration, "techniques": [{"name": "best_of_n", "most": 1}]}))
+    report.save(tmp_path / "report", private_key=throwaway_key())
+    checks = {row.name: row for row in verify(tmp_path / "report").checks}
+    assert checks["model"].passed, checks["model"].detail
 
 
 def test_table_has_both_models_and_goes_on_where_it_ended(organism: Path, tmp_path: Path) -> None:

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from geobased.auditing.canonical import canonical_json, read_json, sha256
+from geobased.auditing.configuration import AuditConfiguration, read_configuration, run_configuration
+from geobased.auditing.ledger import ledger_problems
+from geobased.auditing.model_loading import ModelSource, model_sha256
 from geobased.training.artifacts import versions, write_json
-
-from .canonical import canonical_json, folder_sha256, read_json, sha256
-from .configuration import AuditConfiguration, read_configuration, run_configuration
-from .ledger import ledger_problems
-from .model_loading import ModelSource
 
 PLANT_FILE, CELLS, RESULTS = "plant.json", "cells", "results.json"
 PLANTED, CONTROL = "planted", "control"
@@ -99,7 +98,7 @@ def _adapted(configuration: AuditConfiguration, name: str, seed: int, settings: 
 def _cell(place: Path, names: Mapping[str, Any], configuration: AuditConfiguration, say: Callable[[str], None]) -> Cell:
     """An audit's results, from its file if that holds the same audit of the same model."""
     assert isinstance(configuration.model, ModelSource)
-    asked = {"configuration": configuration.to_dict(), "model": folder_sha256(configuration.model.folder())}
+    asked = {"configuration": configuration.to_dict(), "model": model_sha256(configuration.model.folder())}
     # where the model's folder lies does not matter
     asked["configuration"]["model"]["name"] = names["model"]
     digest = sha256(canonical_json(asked))
