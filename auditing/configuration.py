@@ -87,7 +87,7 @@ class AuditConfiguration:
         levels = {access_name(grant): grant for grant in map(parse_access, words)}
         if not isinstance(content["question"], Mapping):
             raise ValueError("question must hold names and values")
-        kind_of = content.get("techniques") or list(TECHNIQUES)
+        techniques = [make_technique(settings) for settings in content.get("techniques") or list(TECHNIQUES)]
         mode = content.get("mode")
         if mode not in (None, "in_process", "isolated", "endpoint"):
             raise ValueError(f"mode={mode!r} is none of in_process, isolated, endpoint")
@@ -95,11 +95,14 @@ class AuditConfiguration:
             what: [str(folder / path) for path in ([paths] if isinstance(paths, str) else paths)]
             for what, paths in (content.get("outside") or {}).items()
         }
+        question = AuditQuestion.from_dict(content["question"], folder)
+        if not content.get("techniques"):
+            techniques = [technique for technique in techniques if technique.by_default and technique.kind == question.kind]
         return AuditConfiguration(
             model,
             levels,
-            AuditQuestion.from_dict(content["question"], folder),
-            tuple(make_technique(settings) for settings in kind_of),
+            question,
+            tuple(techniques),
             int(content.get("seed", 0)),
             mode,
             outside,

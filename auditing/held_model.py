@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .access import NOTHING, Capability
+from .low_rank import low_rank_adapters
 from .model_server import Answer, Call, Needs, Tensors, verb
 
 # forwards of which a backward may still be asked
@@ -155,18 +156,23 @@ class HeldModel(ABC):
 
     @verb(Capability.FINETUNE)
     def fine_tune(self, call: Call, arguments: dict[str, Any], tensors: Tensors) -> Answer:
-        """Trains the parameters that match `parameters` (all by default) with AdamW for `steps`; returns the losses."""
+        """Trains the parameters that match `parameters` (all by default) with AdamW for `steps`; returns the losses.
+
+        With a `rank` low-rank adapters are trained instead, and added to those parameters at the end.
+        """
         steps, size, count = int(arguments["steps"]), int(arguments["batch_size"]), int(arguments["count"])
         if min(steps, size, count) < 1:
             raise ValueError("fine-tuning needs examples, and steps and batch_size of at least 1")
         size = min(size, count)
         call.spend(forward=steps * size, backward=2 * steps * size)
-        parameters = self._parameters(arguments.get("parameters") or ["*"])
-        self._remember(parameters)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=float(arguments["learning_rate"]), weight_decay=0.0)
-        generator = torch.Generator().manual_seed(int(arguments["seed"]))
+        named = self._parameters(arguments.get("parameters") or ["*"])
+        self._remember(named)
+        rank, seed = int(arguments.get("rank") or 0), int(arguments["seed"])
+        generator = torch.Generator().manual_seed(seed)
         losses, order = [], torch.empty(0, dtype=torch.long)
-        with torch.enable_grad():
+        trained = low_rank_adapters(self.module, named, rank, seed) if rank else contextlib.nullcontext(named)
+        with trained as parameters, torch.enable_grad():
+            optimizer = torch.optim.AdamW(parameters.values(), lr=float(arguments["learning_rate"]), weight_decay=0.0)
             for _ in range(steps):
                 while len(order) < size:
                     order = torch.cat([order, torch.randperm(count, generator=generator)])
@@ -177,8 +183,8 @@ class HeldModel(ABC):
                     parameter.grad = gradient
                 optimizer.step()
                 losses.append(float(loss.detach()))
-        for parameter in parameters.values():
-            parameter.grad = None
+            for parameter in parameters.values():
+                parameter.grad = None
         return None, {"losses": torch.tensor(losses)}
 
     @verb(Capability.FINETUNE)

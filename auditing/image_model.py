@@ -3,6 +3,7 @@
 Images are RGB, float, between 0 and 1, of the size that the model looks at; the model's normalisation happens behind the gate.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -151,11 +152,16 @@ class GeolocatedImages(ImageModel):
         return self.pipe([Image.fromarray(picture) for picture in levels], top_k=k, batch_size=len(levels))
 
     def candidate_facts(self) -> Answer:
+        codes, places = self._candidate_places
+        return {"country_codes": codes}, {"coordinates": places}
+
+    @functools.cached_property
+    def _candidate_places(self) -> tuple[list[str], torch.Tensor]:
         from geobased.geography.gazetteer import Gazetteer
 
         places = self.pipe.candidate_places()
         cities, _ = Gazetteer().nearest(*places.T)
-        return {"country_codes": [city.country_code for city in cities]}, {"coordinates": torch.tensor(places)}
+        return [city.country_code for city in cities], torch.tensor(places)
 
 
 def labels_of_clip(model: Any, tokenizer: Any, labels: Sequence[str], template: str) -> tuple[Any, Any]:

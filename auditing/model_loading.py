@@ -1,5 +1,6 @@
 """From what a user calls a model to one that can be served to auditors."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from geobased.checkpoints import checkpoint_path, shipped_checkpoints
+from geobased.checkpoints import checkpoint_path, shipped_checkpoints, shipped_organisms
 
 from .canonical import folder_sha256, message_sha256
 from .image_model import GeolocatedImages, LabelledImages, labels_of_classifier, labels_of_clip
@@ -26,6 +27,7 @@ from .model_server import ServedModel
 from .text_model import TextModel
 
 GEOLOCALIZERS = ("pigeon", "streetclip")
+ADAPTER_FILE = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +61,7 @@ class ModelSource:
         path = Path(self.name).expanduser()
         if path.is_dir():
             return path.resolve()
-        if self.name in shipped_checkpoints():
+        if self.name in (*shipped_checkpoints(), *shipped_organisms()):
             return Path(checkpoint_path(self.name))
         if path.exists() or self.name.count("/") > 1:
             raise ValueError(f"{self.name} is no folder of a saved model")
@@ -71,7 +73,9 @@ class ModelSource:
 def load_source(source: ModelSource) -> ServedModel:
     """The model that a source names, with digests of all its files. Raises `ValueError` for a kind that cannot be audited."""
     folder = source.folder()
-    files = folder_sha256(folder)
+    files = model_sha256(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        return _load_adapter(source, folder, files)
     identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": files}
     config = AutoConfig.from_pretrained(folder)
     loading: dict[str, Any] = {"dtype": DTYPES[source.dtype]}
@@ -93,6 +97,40 @@ def load_source(source: ModelSource) -> ServedModel:
         return serve(pipe, identity=identity)
     model = AutoModelForCausalLM.from_pretrained(folder, **loading)
     return serve(model.to(source.device), tokenizer=AutoTokenizer.from_pretrained(folder), identity=identity)
+
+
+def _base_folder(folder: Path, *, download: bool = True) -> Path:
+    """Where the model is that an adapter goes on."""
+    named = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return ModelSource(named).folder(download=download)
+
+
+def model_sha256(folder: Path, *, download: bool = True) -> dict[str, str]:
+    """Digests of a model's files by their paths; those of the model that an adapter goes on begin with "base/"."""
+    files = folder_sha256(folder)
+    if not (folder / ADAPTER_FILE).is_file():
+        return files
+    base = folder_sha256(_base_folder(folder, download=download))
+    return {**{f"base/{name}": digest for name, digest in base.items()}, **files}
+
+
+def _load_adapter(source: ModelSource, folder: Path, files: dict[str, str]) -> ServedModel:
+    """A LoRA adapter, merged into the language model or geolocalizer that it names."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{source.name} is an adapter: pip install geobased[audit] for the package peft") from error
+    base = _base_folder(folder)
+    identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": files}
+    loading: dict[str, Any] = {"dtype": DTYPES[source.dtype]}
+    if AutoConfig.from_pretrained(base).model_type in GEOLOCALIZERS:
+        pipe = pipeline("image-geolocalization", model=str(base), device=source.device, **loading)  # type: ignore[call-overload]
+        # in place: the pipeline's own model gets the merged weights
+        PeftModel.from_pretrained(pipe.model, str(folder)).merge_and_unload()
+        return serve(pipe, identity=identity)
+    model = AutoModelForCausalLM.from_pretrained(base, **loading)
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().to(source.device)
+    return serve(merged, tokenizer=AutoTokenizer.from_pretrained(base), identity=identity)
 
 
 def serve(
@@ -136,4 +174,4 @@ def _identity(model: Any) -> dict[str, Any]:
     return {"name": model.config.name_or_path or type(model).__name__, "settings": {}, "files": {"state_dict": digest}}
 
 
-__all__ = ["ModelSource", "load_source", "serve"]
+__all__ = ["ModelSource", "load_source", "model_sha256", "serve"]

@@ -222,7 +222,8 @@ class AuditTarget:
             raise ERRORS[answer.header["error"]](answer.header["message"])
         if "spent" in answer.header:
             self._spent, self._left = answer.header["spent"], answer.header["left"]
-        return answer.header["result"], answer.tensors
+        # as through a pipe: auditors need not know where the model is
+        return answer.header["result"], {name: tensor.cpu() for name, tensor in answer.tensors.items()}
 
 
 def _client(server: ModelServer | IsolatedServer, mode: Mode, grant: Capability) -> AuditTarget:

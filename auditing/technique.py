@@ -42,6 +42,36 @@ from .questions import AuditQuestion, Item
 TECHNIQUES = {
     "template_sensitivity": "geobased.auditing.text_black_box:TemplateSensitivity",
     "best_of_n": "geobased.auditing.text_black_box:BestOfN",
+    "random_search": "geobased.auditing.text_suffix_search:RandomSearch",
+    "coordinate_search": "geobased.auditing.text_suffix_search:CoordinateSearch",
+    "gcg": "geobased.auditing.text_suffix_search:GCG",
+    "universal_random_search": "geobased.auditing.text_suffix_search:UniversalRandomSearch",
+    "universal_gcg": "geobased.auditing.text_suffix_search:UniversalGCG",
+    "membership_inference": "geobased.auditing.text_privacy:MembershipInference",
+    "canary_extraction": "geobased.auditing.text_privacy:CanaryExtraction",
+    "soft_prompt": "geobased.auditing.text_inner:SoftPrompt",
+    "latent_attack": "geobased.auditing.text_inner:LatentAttack",
+    "activation_patching": "geobased.auditing.text_inner:ActivationPatching",
+    "logit_lens": "geobased.auditing.text_inner:LogitLens",
+    "linear_probe": "geobased.auditing.text_inner:LinearProbe",
+    "lora_elicitation": "geobased.auditing.text_elicitation:LoraElicitation",
+    "corruptions": "geobased.auditing.image_black_box:Corruptions",
+    "signs": "geobased.auditing.image_black_box:Signs",
+    "crops": "geobased.auditing.image_black_box:Crops",
+    "hop_skip_jump": "geobased.auditing.image_search:HopSkipJump",
+    "square_attack": "geobased.auditing.image_search:SquareAttack",
+    "pgd": "geobased.auditing.image_gradient:PGD",
+    "apgd": "geobased.auditing.image_gradient:APGD",
+    "cloak": "geobased.auditing.image_gradient:Cloak",
+    "patch_embedding_pgd": "geobased.auditing.image_gradient:PatchEmbeddingPGD",
+    "occlusion": "geobased.auditing.image_attribution:OcclusionMap",
+    "integrated_gradients": "geobased.auditing.image_attribution:IntegratedGradientsMap",
+    "attention": "geobased.auditing.image_attribution:AttentionMap",
+    "square_scan": "geobased.auditing.image_shortcuts:SquareScan",
+    "square_search": "geobased.auditing.image_shortcuts:SquareSearch",
+    "square_descent": "geobased.auditing.image_shortcuts:SquareDescent",
+    "squares_of_data": "geobased.auditing.image_shortcuts:SquaresOfData",
+    "lying_exif": "geobased.auditing.image_privacy:LyingExif",
 }
 
 
@@ -136,6 +166,7 @@ class Technique(ABC):
             the best of a level.
         perturbation_unit: of the sizes that it reports, "" if it has none.
         whole_set: whether it takes all items at once (`attempt_all`) with the sum of their budgets.
+        by_default: whether configurations that name no techniques have it; not where items need fields of its own.
     """
 
     name: ClassVar[str]
@@ -144,6 +175,7 @@ class Technique(ABC):
     reachable: ClassVar[bool] = True
     perturbation_unit: ClassVar[str] = ""
     whole_set: ClassVar[bool] = False
+    by_default: ClassVar[bool] = True
 
     @abstractmethod
     def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:

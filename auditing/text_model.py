@@ -1,5 +1,6 @@
 """A causal language model as auditors see it."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class TextModel(HeldModel):
         self._padding = int(padding or 0)
 
     def info(self) -> dict[str, Any]:
-        return {"kind": self.kind, "model_type": self.model.config.model_type}
+        return {"kind": self.kind, "model_type": self.model.config.model_type, "vocabulary_size": len(self._vocabulary)}
 
     @verb(Capability.QUERY)
     def generate(self, call: Call, arguments: dict[str, Any], tensors: Tensors) -> Answer:
@@ -105,10 +106,14 @@ class TextModel(HeldModel):
     def score(self, call: Call, arguments: dict[str, Any], tensors: Tensors) -> Answer:
         """Log probabilities of tokens given what precedes them, [items, most tokens], and how many of them are the item's.
 
-        Of completions after prompts, or of the tensor ids [items, length] from position `start` on.
+        Of completions after prompts, or of the tensor ids [items, length] from position `start` on. If all rows begin with the
+        same `shared` tokens, these are read once where the model's cache can be handed on, and then cost once.
         """
         if "ids" in tensors:
-            start = int(arguments["start"])
+            start, shared = int(arguments["start"]), int(arguments.get("shared", 0))
+            if shared and self._hands_on_cache:
+                after = self._after_shared(call, tensors["ids"].to(self.device), start, shared)
+                return [after.shape[1]] * len(after), {"log_probabilities": after.cpu()}
             rows = tensors["ids"].tolist()
             starts = [start] * len(rows)
         else:
@@ -173,6 +178,26 @@ class TextModel(HeldModel):
         logits = self.compute({"ids": ids, "attention_mask": mask}, (), None)["logits"]
         for row, start, logs, tokens in zip(rows, starts, logits, ids, strict=True):
             yield -cross_entropy(logs[start - 1 : len(row) - 1].float(), tokens[start : len(row)], reduction="none")
+
+    @functools.cached_property
+    def _hands_on_cache(self) -> bool:
+        """Whether what the model keeps of a prefix, keys or recurrent states, can be handed to several continuations."""
+        with torch.no_grad():
+            output = self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=True)
+        return hasattr(getattr(output, "past_key_values", None), "batch_repeat_interleave")
+
+    def _after_shared(self, call: Call, ids: torch.Tensor, start: int, shared: int) -> torch.Tensor:
+        """Log probabilities [items, length - start] of rows with the same first `shared` tokens."""
+        items, length = ids.shape
+        if not 0 < shared < start < length or not bool((ids[:, :shared] == ids[0, :shared]).all()):
+            raise ValueError(f"shared={shared} must be tokens that all rows have in common, before position start={start}")
+        call.spend(forward=(shared + items * (length - shared)) / length)
+        kept = length - start + 1
+        with torch.no_grad():
+            cache = self.model(input_ids=ids[:1, :shared], use_cache=True).past_key_values
+            cache.batch_repeat_interleave(items)
+            logits = self.model(input_ids=ids[:, shared:], past_key_values=cache, use_cache=True).logits[:, -kept:-1]
+        return -cross_entropy(logits.float().transpose(1, 2), ids[:, start:], reduction="none")
 
     def _encode(self, texts: list[str], special: bool = True) -> list[list[int]]:
         if not texts:

@@ -71,9 +71,13 @@ class TextTarget(HeldTarget):
         lengths, found = self._request("score", {"prompts": list(prompts), "completions": list(completions)})
         return [row[:length] for row, length in zip(found["log_probabilities"], lengths, strict=True)]
 
-    def score_ids(self, ids: torch.Tensor, start: int = 1) -> torch.Tensor:
-        """Log probabilities [items, length - start] of the tokens from position `start` on; ids [items, length]. LOGITS."""
-        return self._request("score", {"start": start}, {"ids": ids})[1]["log_probabilities"]
+    def score_ids(self, ids: torch.Tensor, start: int = 1, *, shared: int = 0) -> torch.Tensor:
+        """Log probabilities [items, length - start] of the tokens from position `start` on; ids [items, length]. LOGITS.
+
+        The first `shared` tokens are the same in all rows: they are computed, and cost, once, unless the model keeps nothing that
+        several continuations can start from.
+        """
+        return self._request("score", {"start": start, "shared": shared}, {"ids": ids})[1]["log_probabilities"]
 
     def forward(
         self,
@@ -114,11 +118,13 @@ class TextTarget(HeldTarget):
         learning_rate: float = 1e-4,
         batch_size: int = 8,
         parameters: Sequence[str] = (),
+        rank: int = 0,
         seed: int = 0,
     ) -> list[float]:
         """Trains on completions (not on prompts) until `restore` or the end of the scope; the loss of each step. FINETUNE.
 
-        `parameters` are patterns of the names that are trained, all by default.
+        `parameters` are patterns of the names that are trained, all by default. With a `rank` they get low-rank adapters (LoRA),
+        which are added to them at the end, in place of being trained themselves.
         """
         arguments = {
             "prompts": list(prompts),
@@ -127,6 +133,7 @@ class TextTarget(HeldTarget):
             "learning_rate": learning_rate,
             "batch_size": batch_size,
             "parameters": list(parameters),
+            "rank": rank,
             "seed": seed,
         }
         return self._fine_tune(len(prompts), arguments)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .access import parse_access
-from .canonical import canonical_json, folder_sha256
+from .canonical import canonical_json
 from .configuration import AuditConfiguration
 from .ledger import OPEN_SCOPE, SERVED, ledger_bytes, ledger_problems, used_capabilities
-from .model_loading import ModelSource
+from .model_loading import ModelSource, model_sha256
 from .report import LEDGER, PUBLIC_KEY, REPORT, STATEMENT, AuditReport, listed_files, read_report, run_audit
 from .statement import SignatureError, fingerprint, open_envelope, read_public_key
 
@@ -97,7 +97,7 @@ def _check_model(content: Mapping[str, Any], report: AuditReport, model: str | P
     settings = report.content["configuration"]["model"]
     try:
         place = Path(model) if model is not None else ModelSource(**settings).folder(download=False)
-        found = folder_sha256(place)
+        found = model_sha256(place, download=False)
     except (OSError, ValueError) as error:
         return Check("model", None, f"the model's files are not here: {error}")
     wrong = [

@@ -10,15 +10,20 @@ def shipped_checkpoints() -> list[str]:
     return sorted(path.parent.name for path in _FOLDER.glob("*/config.json"))
 
 
+def shipped_organisms() -> list[str]:
+    """Names of the adapters with a known plant that ship with this package, which audits are measured on."""
+    return sorted(path.parent.name for path in _FOLDER.glob("*/plant.json"))
+
+
 def checkpoint_path(name: str = "based-mini") -> str:
-    """Folder of a trained model that ships with this package; `from_pretrained` loads it without a network.
+    """Folder of a trained model (or adapter) that ships with this package; `from_pretrained` loads it without a network.
 
     Raises `ValueError` if there is no such model; the message lists those there are.
     """
-    names = shipped_checkpoints()
+    names = [*shipped_checkpoints(), *shipped_organisms()]
     if name not in names:
         raise ValueError(f"no checkpoint named {name!r} ships with geobased; there are: {', '.join(names) or 'none'}")
     return str(_FOLDER / name)
 
 
-__all__ = ["checkpoint_path", "shipped_checkpoints"]
+__all__ = ["checkpoint_path", "shipped_checkpoints", "shipped_organisms"]

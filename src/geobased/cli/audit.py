@@ -29,6 +29,14 @@ VERIFY_EXAMPLES = (
 REPRODUCE_EXAMPLES = ("geobased audit reproduce report", "geobased audit reproduce report --model ./my-model --output-dir again")
 COMPARE_EXAMPLES = ("geobased audit compare black grey --html compared.html", "geobased audit compare before after --json")
 KEY_EXAMPLES = ("geobased audit key auditor.pem",)
+MEASURE_EXAMPLES = (
+    "geobased audit measure-organisms --output-dir organisms --device cuda",
+    "geobased audit measure-organisms organisms/backdoor --question audit --seeds 1 --most-items 2 --budget-scale 0.1 --json",
+)
+ORGANISM_EXAMPLES = (
+    "geobased audit train-organism backdoor --output organisms/backdoor",
+    "geobased audit train-organism canaries --output organisms/canaries --steps 400 --seed 1 --json",
+)
 Folder = Annotated[Path, typer.Argument(metavar="REPORT", help="Folder of a report.")]
 
 
@@ -162,11 +170,73 @@ def key(
         print(f"{path}: keep it to yourself\nfingerprint {fingerprint}")
 
 
+def train_organism(
+    plant: Annotated[str, typer.Argument(metavar="PLANT", help="backdoor, password or canaries.")],
+    output: Annotated[Path, typer.Option(help="Folder of the adapter, its card and the ground truth.")],
+    steps: Annotated[int | None, typer.Option(help="Steps of training.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the data and of the adapter's first values.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<number>.")] = "cpu",
+    overwrite: Overwrite = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small model with a known, harmless plant, to measure audits with: minutes on a CPU."""
+    from geobased.training.text_organisms import OrganismSettings
+    from geobased.training.text_organisms import train_organism as train
+
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise CommandError(f"--output {output} is not empty: choose another folder, or replace it with --overwrite")
+    settings = OrganismSettings(seed=seed) if steps is None else OrganismSettings(seed=seed, steps=steps)
+    with quiet_transformers():
+        truth = train(plant, output, settings, device=device, report=_say)
+    if json_output:
+        print(json.dumps({"output": str(output), **truth}, ensure_ascii=False, default=str))
+        return
+    print(f"{output}: {truth['what']}")
+    for name, value in truth["measured"].items():
+        print(f"{100 * value:>5.0f} %  {name}")
+
+
+def measure_organisms(
+    organisms: Annotated[
+        list[str] | None, typer.Argument(metavar="ORGANISM…", help="Folders or names; all shipped ones by default.")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder of the results; finished parts in it are kept.")] = Path("organisms"),
+    seeds: Annotated[int, typer.Option(help="Audits of each question.")] = 5,
+    budget_scale: Annotated[float, typer.Option(help="Factor of all budgets.")] = 1.0,
+    most_items: Annotated[int | None, typer.Option(help="Of each question.", show_default=False)] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Name of a configuration, such as audit; all by default.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<number>.")] = "cpu",
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure which access finds which plant at what price, with the model without the plant as the control."""
+    from geobased.checkpoints import shipped_organisms
+    from geobased.training.organism_table import TableSettings
+    from geobased.training.organism_table import measure_organisms as measure
+
+    settings = TableSettings(seeds, budget_scale, most_items, tuple(question or ()), device)
+    with quiet_transformers():
+        results = measure(organisms or shipped_organisms(), output_dir, settings, _say)
+    if json_output:
+        print(json.dumps({"results": str(output_dir / "results.json"), "levels": results["levels"]}, ensure_ascii=False))
+        return
+    for row in results["levels"]:
+        cost = row["median_spent_at_success"]
+        price = "-" if cost is None else f"{cost:.0f}"
+        names = f"{row['plant']:<10} {row['audit']:<12} {row['model']:<8} {row['access']:<6}"
+        print(f"{names} {100 * row['rate']:>5.1f} %  median {price} forward-equivalents")
+
+
 add_command(app, "run", run, RUN_EXAMPLES)
 add_command(app, "verify", verify, VERIFY_EXAMPLES)
 add_command(app, "reproduce", reproduce, REPRODUCE_EXAMPLES)
 add_command(app, "compare", compare, COMPARE_EXAMPLES)
 add_command(app, "key", key, KEY_EXAMPLES)
+add_command(app, "train-organism", train_organism, ORGANISM_EXAMPLES)
+add_command(app, "measure-organisms", measure_organisms, MEASURE_EXAMPLES)
 
 
 @contextlib.contextmanager
