@@ -5,6 +5,7 @@ from typing import Any
 import typer
 
 from .train import add_training, app, run_training
+from .train_sumformer_experiment import add_sumformer_experiment
 from .train_superhf_experiment import add_experiment
 
 PREFERENCES_EXAMPLES = (
@@ -70,3 +71,4 @@ def register() -> None:
     add_training("reward", reward, REWARD_EXAMPLES)
     add_training("superhf", superhf, SUPERHF_EXAMPLES)
     add_experiment(app)
+    add_sumformer_experiment(app)
