@@ -1,16 +1,20 @@
 """How the benchmarks measure: ceilings of the GPU, medians, errors against float64, memory beyond the inputs."""
 
 import importlib
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import triton.testing
 from results_file import OURS
 
-MATMUL_SIZE = 8192
-COPY_BYTES = 2**31
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# a CPU is timed only to see that a benchmark runs
+MATMUL_SIZE = 8192 if DEVICE == "cuda" else 128
+COPY_BYTES = 2**31 if DEVICE == "cuda" else 2**22
+CPU_CALLS = 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,16 @@ class Ceilings:
 
 
 def milliseconds(function: Callable[[], Any], *, rep: int = 80) -> float:
-    """Median time of one call on the GPU; the L2 cache is emptied before each."""
+    """Median time of one call; on a GPU the L2 cache is emptied before each."""
+    if DEVICE == "cpu":
+        seconds = []
+        for _ in range(CPU_CALLS):
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+        return 1e3 * statistics.median(seconds)
+    import triton.testing
+
     return triton.testing.do_bench(function, warmup=20, rep=rep, return_mode="median")
 
 
@@ -38,20 +51,20 @@ def measure_ceilings() -> Ceilings:
 
 
 def _copy_bandwidth() -> float:
-    source = torch.empty(COPY_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
+    source = torch.empty(COPY_BYTES // 2, dtype=torch.bfloat16, device=DEVICE).normal_()
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / milliseconds(lambda: target.copy_(source)) / 1e9
 
 
 def _matmul_rate() -> float:
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16)
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=DEVICE, dtype=torch.bfloat16)
     return 2 * MATMUL_SIZE**3 / milliseconds(lambda: a @ b) / 1e9
 
 
 def random_inputs(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    """Normal random tensors on the GPU: constant data would let a GPU run faster than it does on real data."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return [torch.randn(shape, device="cuda", generator=generator).to(dtype) for shape in shapes]
+    """Normal random tensors on the device: constant data would let a GPU run faster than it does on real data."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return [torch.randn(shape, device=DEVICE, generator=generator).to(dtype) for shape in shapes]
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -77,19 +90,25 @@ def gradients(function: Callable[..., torch.Tensor], leaves: Sequence[torch.Tens
 
 
 def forward_and_backward(
-    function: Callable[..., torch.Tensor], leaves: Sequence[torch.Tensor], grad: torch.Tensor
+    function: Callable[..., torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    weights: Sequence[torch.Tensor] = (),
 ) -> Callable[[], None]:
-    """A call that does what a training step pays for: the forward pass and the gradients of all leaves."""
+    """A call that does what a training step pays for: the forward pass and the gradients of all leaves, and of `weights`, which
+    `function` holds itself."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
 
     def run() -> None:
-        torch.autograd.grad(function(*leaves), leaves, grad)
+        torch.autograd.grad(function(*leaves), [*leaves, *weights], grad)
 
     return run
 
 
-def working_memory_bytes(function: Callable[[], Any]) -> int:
-    """Most memory that a call allocates beyond what was allocated before it, its result included."""
+def working_memory_bytes(function: Callable[[], Any]) -> int | None:
+    """Most memory that a call allocates beyond what was allocated before it, its result included; of a GPU alone."""
+    if DEVICE == "cpu":
+        return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

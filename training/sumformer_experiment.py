@@ -273,7 +273,9 @@ def train_architecture(preset: Preset, architecture: Architecture, entries: list
     trained = cohort.evaluate(preset.lengths if architecture in first else ())
     seconds = round(time.monotonic() - started, 2)
     if not entries:
-        entries = [_new_entry(architecture, target, [item for item in trained if item.run.target == target]) for target in targets]
+        entries = [
+            _new_entry(architecture, target, [item for item in trained if item.run.target == target]) for target in targets
+        ]
     for entry in entries:
         own = [item for item in trained if item.run.target == entry["target"]]
         if not entry["seeds"]:

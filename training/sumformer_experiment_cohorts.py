@@ -31,7 +31,7 @@ class TrainingSettings:
 
     max_steps: int = 5000
     """At the full learning rate; `cooldown_steps` follow."""
-    min_steps: int = 1250
+    min_steps: int = 2000
     cooldown_steps: int = 1250
     warmup_steps: int = 100
     check_steps: int = 250
@@ -163,8 +163,9 @@ class Cohort:
             mean, square = self.moments
             mean.lerp_(gradient, 1 - BETAS[0])
             square.lerp_(gradient.square(), 1 - BETAS[1])
-            corrected = (square / (1 - BETAS[1] ** self.step)).sqrt() + EPS
-            update = mean / (1 - BETAS[0] ** self.step) / corrected
+            # 1 - beta^step
+            started, squares_started = (-torch.expm1(self.step * math.log(beta)) for beta in BETAS)
+            update = mean / started / ((square / squares_started).sqrt() + EPS)
             # a model that has finished, or was lost, stays as it is and disturbs no other: rows are independent
             self.parameters -= rate.unsqueeze(1) * update
 

@@ -1,7 +1,7 @@
 """What the approximation experiment's results say: tables of errors, and claims with their verdicts.
 
-Two models are told apart on a target where all seeds of the one err less than all seeds of the other: with five seeds each, chance
-alone does that once in 126 times.
+Two models are told apart on a target where all seeds of the one err less than all seeds of the other: with five seeds each,
+chance alone does that once in 126 times.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,7 +118,7 @@ def _comparison(entries: Sequence[Entry], better: str, worse: str) -> Finding | 
         if better in own and worse in own:
             a, b = own[better], own[worse]
             ratio = median(measured(b)) / median(measured(a))
-            sides[errs_less(a, b)].append(f"{title(target)} ({ratio:.2g})")
+            sides[errs_less(a, b)].append(f"{title(target)} ({ratio:{'.2g' if ratio < 100 else ',.0f'}})")
     if not any(sides.values()):
         return None
     words = {True: "less", False: "more", None: "not told apart"}
@@ -168,7 +168,9 @@ def _bound(entries: Sequence[Entry]) -> list[Finding]:
         if below and above:
             a, b = own[max(below)], own[above[0]]
             verdicts.append(errs_less(b, a))
-            lines.append(f"{title(target)} {median(measured(a)):.2g} to {median(measured(b)):.2g} (d' {max(below)} to {above[0]})")
+            lines.append(
+                f"{title(target)} {median(measured(a)):.2g} to {median(measured(b)):.2g} (d' {max(below)} to {above[0]})"
+            )
     if not lines:
         return []
     verdict = HOLDS if all(verdicts) else FAILS if False in verdicts or not any(verdicts) else IN_PART

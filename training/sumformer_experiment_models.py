@@ -95,6 +95,7 @@ class Architecture:
 
         Raises `ValueError` where even the narrowest model has too many parameters.
         """
+        head: dict[str, Any] = {"num_labels": 1}
         base = SumformerConfig(
             feature_size=self.num_coordinates,
             hidden_size=HIDDEN_SIZE,
@@ -107,8 +108,8 @@ class Architecture:
             max_linformer_len=self.num_elements,
             performer_redraw_interval=0,
             performer_seed=seed,
-            num_labels=1,
             problem_type="regression",
+            **head,
         )
         if self.equal_psi:
             return base

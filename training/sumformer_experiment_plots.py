@@ -9,6 +9,7 @@ from typing import Any
 from .artifacts import save_figure
 from .sumformer_experiment_findings import Entry, ladder_entries, measured, targets_of, title
 from .sumformer_experiment_models import FAMILIES
+from .sumformer_experiment_settings import COMPARED
 
 # colours of Okabe and Ito, which colour-blind readers can tell apart, darkened where they are pale on white; and markers
 STYLES = {
@@ -67,8 +68,9 @@ def plot_experiment(results: Mapping[str, Any], folder: str | Path) -> list[Path
             # the size between those of the ladder is that of the first one
             entries = [*entries, *(e for e in models if e["family"] in families and e["target"] in targets_of(entries))]
             drawn.append(_plot_targets(entries, _against(axis), label, folder / f"{name.replace(' ', '_')}.png"))
-    if any(entry["nmse_by_length"] for entry in models):
-        drawn.append(_plot_targets(models, _by_length, "points in a set, n", folder / "lengths.png"))
+    compared = [entry for entry in models if entry["family"] in COMPARED and entry["nmse_by_length"]]
+    if compared:
+        drawn.append(_plot_targets(compared, _by_length, "points in a set, n", folder / "lengths.png"))
     if results["times"]:
         drawn.append(_plot_times(results, folder / "times.png"))
     return drawn
@@ -138,7 +140,9 @@ def _plot_models(entries: Sequence[Entry], path: Path) -> Path:
 def _plot_latent(latent: Mapping[str, Sequence[Entry]], path: Path) -> Path:
     """A panel for each ladder over d', a line for each target; the bound where there is one."""
     figure, panels = _panels(len(latent), 3.6)
-    colours = dict(zip(dict.fromkeys(t for entries in latent.values() for t in targets_of(entries)), TARGET_COLOURS, strict=False))
+    colours = dict(
+        zip(dict.fromkeys(t for entries in latent.values() for t in targets_of(entries)), TARGET_COLOURS, strict=False)
+    )
     for axes, (name, entries) in zip(panels, latent.items(), strict=True):
         series: Series = []
         for target in targets_of(entries):
@@ -183,7 +187,7 @@ def _plot_targets(
         ]
         _lines(axes, series)
         axes.set_title(title(target), fontsize=10)
-    figure.supxlabel(xlabel, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=9)
     figure.supylabel("normalised mean squared error", fontsize=10)
     _legend(figure, panels)
     save_figure(figure, path)

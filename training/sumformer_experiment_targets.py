@@ -26,8 +26,8 @@ def _squared_distances(x: torch.Tensor) -> torch.Tensor:
 def polynomial(x: torch.Tensor) -> torch.Tensor:
     """Of degree 3: mean_k (z_i.z_k) (1.z_k) + |z_i|^2, with centred points z."""
     z = _centred(x)
-    second = z.transpose(-1, -2) @ (z * z.sum(-1, keepdim=True)) / z.shape[-2]
-    return (z * second.sum(-1).unsqueeze(-2)).sum(-1) + z.square().sum(-1)
+    second = (z * z.sum(-1, keepdim=True)).mean(-2, keepdim=True)
+    return (z * second).sum(-1) + z.square().sum(-1)
 
 
 def kernel_density(x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def random_sets(num_sets: int, num_elements: int, num_coordinates: int, seed: in
     return torch.rand(num_sets, num_elements, num_coordinates, generator=generator)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def mean_and_deviation(target: str, num_elements: int, num_coordinates: int) -> tuple[float, float]:
     """Of a target's values over many sets of this size.
 

@@ -1,6 +1,5 @@
 """The benchmarks' common parts: result files, comparison with the truth, plots, and the tables made of the results."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,23 +8,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Loads a script of benchmarks/ or scripts/ as Python would run it: with its own folder on the path."""
-
-    def load_script(folder: str, name: str):
-        monkeypatch.syspath_prepend(ROOT / folder)
-        for sibling in (ROOT / folder).glob("*.py"):
-            monkeypatch.delitem(sys.modules, sibling.stem, raising=False)
-        spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load_script
 
 
 @pytest.mark.parametrize(

@@ -26,18 +26,16 @@ def sumformer_experiment(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; four per GPU or one per two CPU cores by default.", show_default=False)
     ] = None,
-    max_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Stop then; call again to go on.", show_default=False)
-    ] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop then; call again to go on.", show_default=False)] = None,
     plot_only: Annotated[bool, typer.Option("--plot-only", help="Draw the results that are there, and do nothing else.")] = False,
     device: Device = "auto",
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train Sumformers, DeepSets, Set Transformers, Transformers, Linformers and Performers on functions of sets.
+    """Train Sumformers and five kinds of peers, all of equal size, on functions of sets, and compare their errors.
 
-    Errors of models of equal size by target, width of the sum, size and dimension of the sets, and lengths not trained on. A later
-    call with the same settings does what is missing.
+    By target, width of the sum, size and dimension of the sets, and on lengths not trained on. A later call with the same
+    settings does what is missing.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise CommandError(f"--output-dir {output_dir} is a file")
