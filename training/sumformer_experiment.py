@@ -236,7 +236,7 @@ def _start_worker(devices: Any, threads: int) -> None:
 
 
 def _executor(device: torch.device, workers: int | None) -> tuple[Executor, int]:
-    on_gpu, cores = device.type == "cuda", os.cpu_count() or 1
+    on_gpu, cores = device.type == "cuda", len(os.sched_getaffinity(0))
     names = [str(device)] if device.index is not None or not on_gpu else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     workers = workers or (DEFAULT_WORKERS * len(names) if on_gpu else max(1, cores // 2))
     if workers == 1:

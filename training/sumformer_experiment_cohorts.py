@@ -131,9 +131,9 @@ class Cohort:
             parts.append(standardised(name, own, self.architecture.size).expand(count, -1, -1))
         return torch.cat(parts)
 
-    def _predict(self, parameters: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """x [models or 1, sets, n, d] -> [models, sets, n]."""
-        pieces = parameters.split([shape.numel() for shape in self.shapes.values()], dim=1)
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """x [models or 1, sets, n, d], sets of each model or the same for all, -> [models, sets, n]."""
+        pieces = self.parameters.split([shape.numel() for shape in self.shapes.values()], dim=1)
         named = {
             name: piece.unflatten(1, shape) if shape else piece[:, 0]
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
@@ -152,7 +152,7 @@ class Cohort:
         n, d = self.architecture.size
         sets = max(1, self.settings.points_per_step // n)
         x = torch.rand(len(self.runs), sets, n, d, generator=self.generator, device=self.device)
-        errors = (self._predict(self.parameters, x) - self._targets(x)).square().mean((1, 2))
+        errors = (self.predict(x) - self._targets(x)).square().mean((1, 2))
         (gradient,) = torch.autograd.grad(errors.sum(), self.parameters)
         with torch.no_grad():
             norm = gradient.norm(dim=1, keepdim=True)
@@ -172,12 +172,12 @@ class Cohort:
     @torch.no_grad()
     def validate(self) -> None:
         """Writes each model's normalised mean squared error to `validation_errors`."""
-        errors = self._predict(self.parameters, self.validation_sets) - self.validation_targets
+        errors = self.predict(self.validation_sets) - self.validation_targets
         self.validation_errors.copy_(errors.square().mean((1, 2)))
 
     def train(self, deadline: float | None = None) -> bool:
         """Trains to the end, or until the deadline (of `time.monotonic`): whether the end was reached."""
-        step, validate = self._captured()
+        step, validate = self.captured()
         settings, active = self.settings, set(range(len(self.runs)))
         done = 0
         while active:
@@ -201,8 +201,8 @@ class Cohort:
                 return not active
         return True
 
-    def _captured(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """The training step and the validation, as CUDA graphs on a GPU."""
+    def captured(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """`train_step` and `validate`, on a GPU as CUDA graphs; a warning says where that fails."""
         if self.device.type != "cuda":
             return self.train_step, self.validate
         stream = torch.cuda.Stream(self.device)
@@ -254,7 +254,7 @@ class Cohort:
         squares, largest, targets = [], [], []
         for x in self._chunks(sets):
             targets.append(self._targets(x))
-            errors = self._predict(self.parameters, x) - targets[-1]
+            errors = self.predict(x) - targets[-1]
             squares.append(errors.square().sum((1, 2), dtype=torch.float64))
             largest.append(errors.abs().amax((1, 2)))
         variance = torch.cat(targets, dim=1).flatten(1).double().var(1)
@@ -268,7 +268,7 @@ class Cohort:
         order = torch.randperm(x.shape[2], generator=torch.Generator().manual_seed(0)).to(self.device)
         if x.shape[2] > 1:
             order = order.roll(int((order == torch.arange(x.shape[2], device=self.device)).all()))
-        difference = self._predict(self.parameters, x[:, :, order]) - self._predict(self.parameters, x)[:, :, order]
+        difference = self.predict(x[:, :, order]) - self.predict(x)[:, :, order]
         return difference.abs().amax((1, 2)).tolist()
 
 

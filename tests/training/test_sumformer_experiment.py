@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from dataclasses import asdict, replace
 
 import pytest
@@ -88,7 +89,7 @@ def test_models_side_by_side_learn_what_each_would_alone(family):
     x = random_sets(6, 4, 2, seed=5)
     with torch.no_grad():
         expected = torch.stack([model(x) for model in models])
-        torch.testing.assert_close(cohort._predict(cohort.parameters, x.unsqueeze(0)), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(cohort.predict(x.unsqueeze(0)), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_plateau_is_a_quarter_without_two_percent():
@@ -115,7 +116,7 @@ def test_training_ends_with_a_falling_rate_and_is_evaluated_on_other_lengths():
     x = random_sets(settings.test_points // 4, 4, 2, seed=2_000_003)
     y = standardised("rank", x, (4, 2))
     with torch.no_grad():
-        error = (cohort._predict(cohort.parameters, x.unsqueeze(0))[1] - y).square().mean() / y.var()
+        error = (cohort.predict(x.unsqueeze(0))[1] - y).square().mean() / y.var()
     assert rank.nmse == pytest.approx(error.item(), rel=1e-2)
     with pytest.raises(ValueError, match="multiples of check_steps=250"):
         TrainingSettings(max_steps=300)
@@ -221,13 +222,25 @@ def test_findings_follow_from_the_seeds():
         findings({"preset": "none", "entries": entries})
 
 
-def test_results_are_json_without_infinities(tmp_path):
-    architecture = Architecture("sumformer", 4, 2)
-    cohort = Cohort(architecture, [Run("rank", 1e-2, 0)], TINY, CPU)
-    with torch.no_grad():
-        cohort.parameters.fill_(float("nan"))
-    assert cohort.train()
-    found = module._new_entry(architecture, "rank", cohort.evaluate())
-    module._add(found, cohort.trained[0])
-    assert found["tried"] == {"0.01": None} and found["nmse"] == [None] and found["steps"] == [20]
+def test_diverged_trainings_are_told_in_plain_json():
+    preset = replace(PRESETS["smoke"], learning_rates=(1e30,))
+    found = module.train_architecture(preset, Architecture("sumformer", 4, 2), [], None)
+    assert [entry["target"] for entry in found] == ["polynomial", "rank"]
+    assert all(entry["tried"] == {"1e+30": None} and entry["nmse"] == [None] for entry in found)
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_do_what_single_steps_do():
+    runs = [Run("determinant", 1e-2, 0), Run("nearest_neighbour", 3e-3, 1)]
+    for family in ("sumformer_fourier_bilinear", "transformer_2", "performer_16", "linformer", "set_transformer"):
+        single, graphed = (Cohort(Architecture(family, 8, 2), runs, TINY, torch.device("cuda")) for _ in range(2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step, validate = graphed.captured()
+        for _ in range(5):
+            single.train_step()
+            step()
+        single.validate()
+        validate()
+        torch.testing.assert_close(graphed.validation_errors, single.validation_errors, rtol=1e-3, atol=1e-4)
