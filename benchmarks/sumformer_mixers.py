@@ -251,8 +251,13 @@ def run(sizes: Sizes, folder: Path | None) -> Rows:
             for candidate in candidates(seq_len, sizes, causal):
                 try:
                     found.append(measure(benchmark, candidate, sizes, ceilings))
-                except torch.OutOfMemoryError:
-                    absent[f"{candidate.name}, {benchmark}, {seq_len} tokens"] = "out of memory"
+                except WrongResult:
+                    raise
+                except Exception as error:
+                    if candidate.name != COMPILED and not isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    absent[f"{candidate.name}, {benchmark}, {seq_len} tokens"] = type(error).__name__
+                    torch.cuda.empty_cache()
             torch._dynamo.reset()
             print_table(found)
             print(f"  ({benchmark}, {seq_len}: {time.perf_counter() - start:.0f} s)", flush=True)

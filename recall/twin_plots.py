@@ -51,7 +51,7 @@ def side_by_side_axes(columns: int, width_ratios: Sequence[float] = (3, 2)) -> t
     return figure, panels
 
 
-def _plain_numbers(axis: Any) -> None:
+def plain_numbers(axis: Any) -> None:
     """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, written out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -95,7 +95,7 @@ def plot_twins(results: dict[str, Any], path: str | Path) -> None:
         spread = [list(side) for side in zip(*(spread_about_mean(values_of[key]) for key in groups), strict=True)]
         perplexity.errorbar(places, heights, spread, marker="o", linestyle="", capsize=3, color=COLOURS[name])
     perplexity.set_yscale("log")
-    _plain_numbers(perplexity.yaxis)
+    plain_numbers(perplexity.yaxis)
     perplexity.set_xticks(range(len(groups)), list(groups.values()))
     perplexity.set_xlim(-0.6, len(groups) - 0.4)
     source = "held-out text" if "held_out_text" in results["rows"][0]["perplexity"] else "held-out documents"
@@ -135,7 +135,7 @@ def plot_throughput_against_recall(results: dict[str, Any], path: str | Path) ->
     if not lengths:
         raise ValueError("no model was both evaluated and timed at one length yet")
     axes.set_xscale("log")
-    _plain_numbers(axes.xaxis)
+    plain_numbers(axes.xaxis)
     axes.margins(x=0.12)
     axes.set_ylim(-2, 103)
     entry = results["throughput"][0]

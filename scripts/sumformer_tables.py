@@ -109,6 +109,8 @@ def mixers(name: str, folder: Path, results: dict[str, Any]) -> str:
             table.append([implementation, *(_time(by_length.get(length)) for length in lengths)])
         parts += [f"{HEADINGS[benchmark]}:", markdown_table(["mixer", *map(number, lengths)], table)]
         parts += plot(folder / name, benchmark, HEADINGS[benchmark])
+    if results.get("absent"):
+        parts.append("Not measured: " + "; ".join(f"{case} ({reason})" for case, reason in results["absent"].items()) + ".")
     return "\n\n".join(parts)
 
 

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -155,7 +155,7 @@ def _number(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def entry_key(entry: Entry) -> tuple[Architecture, str]:
+def entry_key(entry: Mapping[str, Any]) -> tuple[Architecture, str]:
     """The architecture and the target that an entry is of."""
     names = ("family", "num_elements", "num_coordinates", "latent_size", "equal_psi")
     return Architecture(**{name: entry[name] for name in names}), entry["target"]

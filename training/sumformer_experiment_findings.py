@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from .sumformer_experiment import entry_key
 from .sumformer_experiment_models import FAMILIES
 from .sumformer_experiment_settings import PRESETS, Preset
 from .superhf_experiment_verdicts import FAILS, HOLDS, OPEN
@@ -32,6 +33,8 @@ CLAIMS = (
     ("transformer_2", "performer_64"),
     ("performer_256", "performer_16"),
 )
+FASTER = ("sumformer", "set_transformer", "linformer", "performer_64")
+"""Linear in n; whether they take less time than two Transformer layers."""
 
 Entry = Mapping[str, Any]
 
@@ -56,7 +59,7 @@ def ladder_entries(results: Mapping[str, Any], ladder: str) -> list[Entry]:
     if own is None:
         return []
     place = {architecture: i for i, architecture in enumerate(own.architectures)}
-    found = [(place[key], entry) for entry in results["entries"] if (key := _architecture(entry)) in place and measured(entry)]
+    found = [(place[key], entry) for entry in results["entries"] if (key := entry_key(entry)[0]) in place and measured(entry)]
     found = [(i, entry) for i, entry in found if entry["target"] in own.targets]
     return [entry for _, entry in sorted(found, key=lambda pair: (own.targets.index(pair[1]["target"]), pair[0]))]
 
@@ -69,12 +72,6 @@ def preset_of(results: Mapping[str, Any]) -> Preset:
     if results["preset"] not in PRESETS:
         raise ValueError(f"the results are of preset {results['preset']!r}, which is none of {', '.join(PRESETS)}")
     return PRESETS[results["preset"]]
-
-
-def _architecture(entry: Entry) -> Any:
-    from .sumformer_experiment import entry_key
-
-    return entry_key(dict(entry))[0]
 
 
 def measured(entry: Entry, measure: str = "nmse") -> list[float]:
@@ -108,6 +105,7 @@ def findings(results: Mapping[str, Any]) -> list[Finding]:
         found += _latent(ladder_entries(results, ladder), ladder.removeprefix("latent, "))
     found += _bound(ladder_entries(results, "latent, numbers"))
     found += _lengths(entries)
+    found += [claim for family in FASTER if (claim := _times(results.get("times", []), family, "transformer_2")) is not None]
     return found + _plateau(results["entries"])
 
 
@@ -192,6 +190,18 @@ def _lengths(entries: Sequence[Entry]) -> list[Finding]:
     claim = f"Errors on sets of {longest} points are at most twice those at the size of the training (median of the targets)"
     verdict = HOLDS if ordered[-1][0] <= 2 else IN_PART.replace("targets", "models") if ordered[0][0] <= 2 else FAILS
     return [Finding(claim, verdict, f"times as large: {evidence}")]
+
+
+def _times(times: Sequence[Mapping[str, Any]], fast: str, slow: str) -> Finding | None:
+    """Whether a pass of one family is shorter than one of another, by n."""
+    own = {(row["family"], row["num_elements"]): row["milliseconds"] for row in times}
+    ratios = {n: own[slow, n] / own[fast, n] for family, n in own if family == fast and (slow, n) in own}
+    if not ratios:
+        return None
+    faster = [ratio > 1 for ratio in ratios.values()]
+    verdict = HOLDS if all(faster) else FAILS if not any(faster) else IN_PART.replace("targets", "sizes")
+    evidence = "times as long: " + ", ".join(f"n = {n:,} {ratio:.2g}" for n, ratio in ratios.items())
+    return Finding(f"{FAMILIES[fast].title} takes less time than {FAMILIES[slow].title}", verdict, evidence)
 
 
 def _plateau(entries: Sequence[Entry]) -> list[Finding]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from geobased.recall.twin_plots import plain_numbers
+
 from .artifacts import save_figure
 from .sumformer_experiment_findings import Entry, ladder_entries, measured, targets_of, title
 from .sumformer_experiment_models import FAMILIES
@@ -112,7 +114,8 @@ def _lines(axes: Any, series: Series) -> None:
 
 def _legend(figure: Any, panels: Sequence[Any]) -> None:
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=COLUMNS, frameon=False, fontsize=8)
+    columns = COLUMNS if figure.get_figwidth() > 9 else 2
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def _plot_models(entries: Sequence[Entry], path: Path) -> Path:
@@ -198,7 +201,7 @@ def _plot_times(results: Mapping[str, Any], path: Path) -> Path:
     """Microseconds per point against n."""
     figure, panels = _panels(1, 4.2)
     series: Series = []
-    for family in dict.fromkeys(row["family"] for row in results["times"]):
+    for family in dict.fromkeys(row["family"] for row in results["times"] if row["family"] in COMPARED):
         points = {
             row["num_elements"]: [1e3 * row["milliseconds"] / (row["num_elements"] * row["num_sets"])]
             for row in results["times"]
@@ -206,6 +209,7 @@ def _plot_times(results: Mapping[str, Any], path: Path) -> Path:
         }
         series.append((FAMILIES[family].title, *STYLES[family], points))
     _lines(panels[0], series)
+    plain_numbers(panels[0].yaxis)
     panels[0].set_xlabel("points in a set, n")
     panels[0].set_ylabel("forward and backward, µs per point")
     _legend(figure, panels)

@@ -84,7 +84,13 @@ def test_each_number_of_the_results_has_its_place(load, tmp_path):
         for length in (1024, 2048)
         for name, factor in (("Sumformer", 1), ("softmax (SDPA)", 2))
     ]
-    mixers = {"device": "NVIDIA H200", "versions": VERSIONS, "date": "2026-01-01", "rows": times}
+    mixers = {
+        "device": "NVIDIA H200",
+        "versions": VERSIONS,
+        "date": "2026-01-01",
+        "rows": times,
+        "absent": {"Linformer": "out of memory"},
+    }
     for name, content in (("sumformer_experiment", report), ("sumformer_mixers", mixers)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(content))
@@ -96,3 +102,4 @@ def test_each_number_of_the_results_has_its_place(load, tmp_path):
     assert "| Transformer, two layers | 20,033 | 30,000 | 3.0e-07 | 67 % |" in text
     assert "- Transformer, two layers errs less than Sumformer, MLP φ" in text and "**holds**. less: rank (250)." in text
     assert "| Sumformer | 3.00 (2.0) | 3.00 (2.0) |" in texts["sumformer_mixers"]
+    assert texts["sumformer_mixers"].endswith("Not measured: Linformer (out of memory).")

@@ -205,7 +205,16 @@ def test_findings_follow_from_the_seeds():
             for latent, error in ((4, 0.1), (8, 0.01), (16, 0.012))
         ),
     ]
-    found = findings({"preset": "standard", "entries": entries})
+    times = [
+        {"family": family, "num_elements": n, "milliseconds": time}
+        for family, n, time in (
+            ("sumformer", 64, 1.0),
+            ("transformer_2", 64, 0.5),
+            ("sumformer", 256, 1.0),
+            ("transformer_2", 256, 3),
+        )
+    ]
+    found = findings({"preset": "standard", "entries": entries, "times": times})
     by_claim = {finding.claim.split(" (")[0]: finding for finding in found}
     attention = by_claim["Transformer, two layers errs less than Sumformer, MLP φ"]
     assert attention.verdict == IN_PART and attention.evidence == "less: kernel density (10); more: rank (0.1)"
@@ -216,6 +225,8 @@ def test_findings_follow_from_the_seeds():
     bound = by_claim["On sets of numbers the error falls where d' passes n - 1"]
     assert bound.verdict == HOLDS and "maximum 0.11 to 0.01" in bound.evidence
     assert by_claim["All trainings reached a plateau"].verdict == FAILS
+    speed = by_claim["Sumformer, MLP φ takes less time than Transformer, two layers"]
+    assert (speed.verdict, speed.evidence) == ("holds on some sizes", "times as long: n = 64 0.5, n = 256 3")
     assert errs_less(entries[1], model("sumformer", "rank", [0.2])) is None  # a single seed tells nothing
     assert [entry["family"] for entry in ladder_entries({"preset": "smoke", "entries": entries}, "models")] == []
     with pytest.raises(ValueError, match="preset 'none', which is none of"):
