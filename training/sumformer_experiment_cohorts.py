@@ -1,8 +1,8 @@
 """Training of many small models of one architecture at once: targets, learning rates and seeds side by side in one tensor.
 
-The parameters of all models are the rows of one matrix, their forward pass is one `vmap`, and on a GPU a whole step (fresh random
-sets, targets, forward, backward, Adam) is one CUDA graph. A model's learning rate is constant until its validation error stands
-still, or the limit is reached, and then falls to zero linearly.
+The parameters of all models are the rows of one matrix, and their forward pass is one `vmap`. On a GPU a whole step (forward,
+backward, Adam) is one CUDA graph, and so is the drawing of fresh random sets and their targets for the next steps. A model's learning
+rate is constant until its validation error stands still, or the limit is reached, and then falls to zero linearly.
 """
 
 import math
@@ -19,6 +19,7 @@ from .sumformer_experiment_models import Architecture
 from .sumformer_experiment_targets import random_sets, standardised
 
 VALIDATION_SEED, TEST_SEED = 1_000_001, 2_000_003  # of no training
+DRAWN_STEPS = 25  # sets and targets of so many steps are made at once, in far fewer launches
 EVALUATED_POINTS = 1 << 18  # at a time, over all models of a cohort
 BETAS, EPS = (0.9, 0.99), 1e-8
 LARGEST_GRADIENT = 1.0
@@ -111,6 +112,12 @@ class Cohort:
         self.end = torch.full((len(runs),), NEVER, dtype=torch.int64, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.generator = torch.Generator(device).manual_seed(min(run.seed for run in self.runs))
+        self.drawn_steps = math.gcd(DRAWN_STEPS, settings.check_steps)
+        n, d = architecture.size
+        sets = max(1, settings.points_per_step // n)
+        self.drawn_sets = torch.zeros(len(runs), self.drawn_steps, sets, n, d, device=device)
+        self.drawn_targets = torch.zeros(self.drawn_sets.shape[:-1], device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.validation_sets = self._sets(settings.validation_points, VALIDATION_SEED)
         self.validation_targets = self._targets(self.validation_sets)
         self.validation_errors = torch.zeros(len(runs), device=device)
@@ -147,12 +154,17 @@ class Cohort:
         with sdpa_kernel(SDPBackend.MATH):
             return vmap(forward, in_dims=(0, 0, None if shared else 0))(named, self.buffers, x[0] if shared else x)
 
+    def draw(self) -> None:
+        """Fresh sets and their targets for the next `drawn_steps` steps."""
+        self.drawn_sets.uniform_(generator=self.generator)
+        self.drawn_targets.copy_(self._targets(self.drawn_sets.flatten(1, 2)).view_as(self.drawn_targets))
+        self.position.zero_()
+
     def train_step(self) -> None:
-        """One step of all models, on fresh sets."""
-        n, d = self.architecture.size
-        sets = max(1, self.settings.points_per_step // n)
-        x = torch.rand(len(self.runs), sets, n, d, generator=self.generator, device=self.device)
-        errors = (self.predict(x) - self._targets(x)).square().mean((1, 2))
+        """One step of all models, on sets that no step has seen."""
+        x, targets = (drawn.index_select(1, self.position).squeeze(1) for drawn in (self.drawn_sets, self.drawn_targets))
+        self.position += 1
+        errors = (self.predict(x) - targets).square().mean((1, 2))
         (gradient,) = torch.autograd.grad(errors.sum(), self.parameters)
         with torch.no_grad():
             norm = gradient.norm(dim=1, keepdim=True)
@@ -177,11 +189,13 @@ class Cohort:
 
     def train(self, deadline: float | None = None) -> bool:
         """Trains to the end, or until the deadline (of `time.monotonic`): whether the end was reached."""
-        step, validate = self.captured()
+        draw, step, validate = self.captured()
         settings, active = self.settings, set(range(len(self.runs)))
         done = 0
         while active:
-            for _ in range(settings.check_steps):
+            for i in range(settings.check_steps):
+                if i % self.drawn_steps == 0:
+                    draw()
                 step()
             done += settings.check_steps
             validate()
@@ -201,26 +215,26 @@ class Cohort:
                 return not active
         return True
 
-    def captured(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """`train_step` and `validate`, on a GPU as CUDA graphs; a warning says where that fails."""
+    def captured(self) -> tuple[Callable[[], None], ...]:
+        """`draw`, `train_step` and `validate`, on a GPU as CUDA graphs; a warning says where that fails."""
+        functions = (self.draw, self.train_step, self.validate)
         if self.device.type != "cuda":
-            return self.train_step, self.validate
+            return functions
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         initial = self.parameters.detach().clone()
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.train_step()
-                self.validate()
+            for function in functions:
+                function()
         torch.cuda.synchronize(self.device)
         with torch.no_grad():
             self.parameters.copy_(initial)
-            for tensor in (*self.moments, self.step):
+            for tensor in (*self.moments, self.step, self.position):
                 tensor.zero_()
         self.generator.manual_seed(min(run.seed for run in self.runs))
         graphs: list[Callable[[], None]] = []
         try:
-            for function in (self.train_step, self.validate):
+            for function in functions:
                 graph = torch.cuda.CUDAGraph()
                 graph.register_generator_state(self.generator)
                 with torch.cuda.graph(graph):
@@ -228,8 +242,8 @@ class Cohort:
                 graphs.append(graph.replay)
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph of {self.architecture.label}, which is slower: {error}", stacklevel=2)
-            graphs = [self.train_step, self.validate]
-        return graphs[0], graphs[1]
+            return functions
+        return tuple(graphs)
 
     @torch.no_grad()
     def evaluate(self, lengths: Sequence[int] = ()) -> list[TrainedRun]:

@@ -77,9 +77,12 @@ def test_models_side_by_side_learn_what_each_would_alone(family):
     optimizers = [
         torch.optim.Adam(model.parameters(), run.learning_rate, BETAS) for model, run in zip(models, cohort.runs, strict=True)
     ]
-    for step in range(1, 7):
+    for step in range(1, 8):
+        if (step - 1) % cohort.drawn_steps == 0:
+            cohort.draw()
+            drawn = torch.rand(2, cohort.drawn_steps, TINY.points_per_step // 4, 4, 2, generator=data)
         cohort.train_step()
-        sets = torch.rand(2, TINY.points_per_step // 4, 4, 2, generator=data)
+        sets = drawn[:, (step - 1) % cohort.drawn_steps]
         for run, model, optimizer, x in zip(cohort.runs, models, optimizers, sets, strict=True):
             optimizer.zero_grad()
             (model(x) - standardised(run.target, x, architecture.size)).square().mean().backward()
@@ -105,6 +108,7 @@ def test_training_ends_with_a_falling_rate_and_is_evaluated_on_other_lengths():
     cohort = Cohort(Architecture("linformer", 4, 2), [Run("rank", 1e-2, 0), Run("polynomial", 1e-2, 0)], settings, CPU)
     assert cohort.train()
     final = cohort.parameters.detach().clone()
+    cohort.draw()
     cohort.train_step()
     assert torch.equal(final, cohort.parameters)  # the learning rate is zero
     polynomial, rank = cohort.evaluate((2, 4, 8))
@@ -248,8 +252,11 @@ def test_cuda_graphs_do_what_single_steps_do():
         single, graphed = (Cohort(Architecture(family, 8, 2), runs, TINY, torch.device("cuda")) for _ in range(2))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            step, validate = graphed.captured()
-        for _ in range(5):
+            draw, step, validate = graphed.captured()
+        for i in range(10):
+            if i % single.drawn_steps == 0:
+                single.draw()
+                draw()
             single.train_step()
             step()
         single.validate()
