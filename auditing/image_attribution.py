@@ -211,23 +211,25 @@ class _Attribution(Technique):
                 column = int(target.forward(tries.image).logits[0].argmax())
             found = self.map(tries, column)
             progress.show(self.name, as_levels(tries.image[0]), found.heat)
-            measures = self._measures(tries, column, found, seed)
-            pooled = F.adaptive_avg_pool2d(torch.from_numpy(found.heat)[None, None], self.squares).flatten()
-            order = pooled.argsort(descending=True)
-            covered = tries.image.mean((2, 3), keepdim=True)
-            hidden = torch.zeros(self.squares**2, dtype=torch.bool)
-            for number, square in enumerate(order.tolist(), 1):
-                hidden[square] = True
-                # powers of two and all: parts that grow
-                if number & (number - 1) and number < len(order):
-                    continue
-                mask = F.interpolate(
-                    hidden.view(1, 1, self.squares, self.squares).float(), size=tries.image.shape[2:], mode="nearest"
-                )
-                share = number / len(order)
-                image = torch.where(mask.bool(), covered, tries.image)
-                if tries.tried(image, [share], f"{share:.0%} covered", measures=[measures])[0]:
-                    return
+            self._cover(tries, found.heat)
+            # last, so that a small budget goes into tries
+            progress.measures.update(self._measures(tries, column, found, seed))
+
+    def _cover(self, tries: ImageTries, heat: np.ndarray) -> None:
+        """Covers the most important squares, twice as many each time, until an answer counts."""
+        pooled = F.adaptive_avg_pool2d(torch.from_numpy(heat)[None, None], self.squares).flatten()
+        order = pooled.argsort(descending=True)
+        covered = tries.image.mean((2, 3), keepdim=True)
+        number = 1
+        while True:
+            hidden = torch.zeros(1, 1, self.squares, self.squares)
+            hidden.view(-1)[order[:number]] = 1
+            mask = F.interpolate(hidden, size=tries.image.shape[2:], mode="nearest").bool()
+            share = number / len(order)
+            image = torch.where(mask, covered, tries.image)
+            if tries.tried(image, [share], f"{share:.0%} covered")[0] or number == len(order):
+                return
+            number = min(2 * number, len(order))
 
     def map(self, tries: ImageTries, column: int) -> AttributionMap:
         raise NotImplementedError

@@ -111,9 +111,8 @@ class SquareTries:
         if self._candidates is None:
             self._candidates = self.target.candidates()
         values = self.progress[number].item.values
-        losses = self.question.objective.score_loss(values, self.target.forward(images).logits, self._candidates)  # type: ignore[attr-defined]
-        self.progress[number].measured(float(losses.detach().min()))
-        return losses
+        logits = self.target.forward(images).logits
+        return self.question.objective.score_loss(values, logits, self._candidates)  # type: ignore[attr-defined]
 
     def squared(self, number: int, places: Sequence[tuple[int, int]], colours: torch.Tensor) -> torch.Tensor:
         """An item's image with one square each [squares, 3, height, width]; colours [squares, 3] may require gradients."""
@@ -145,7 +144,8 @@ class SquareTries:
         made = asdict(square) | {"colour": list(square.colour)}
         for number, one in enumerate(self.progress):
             answer = answers[number] if number < len(answers) else self._answer(square, number)
-            one.tried(answer, loss=one.best_loss, candidate=made, perturbation=self.share)
+            # losses of answers, as few items were looked at by scores
+            one.tried(answer, candidate=made, perturbation=self.share)
         return True
 
     def _answer(self, square: Square, number: int) -> Any:

@@ -27,14 +27,14 @@ class ImageTries:
         self.target, self.question, self.item, self.progress = target, question, item, progress
         self.image: torch.Tensor = target.prepare([question.picture(item)])
         self._candidates: Mapping[str, Any] | None = None
-        self._shown: tuple[tuple[bool, float, float], torch.Tensor, str] | None = None
+        self._shown: tuple[tuple[bool, float], torch.Tensor, str] | None = None
 
     def __enter__(self) -> "ImageTries":
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._shown is not None:
-            (failed, _, _), image, what = self._shown
+            (failed, _), image, what = self._shown
             self.progress.show("unchanged", as_levels(self.image[0]))
             self.progress.show(f"{what}: {'does not count' if failed else 'counts'}", as_levels(image))
 
@@ -81,8 +81,8 @@ class ImageTries:
                 perturbation=perturbations[number],
                 measures=None if measures is None else measures[number],
             )
-            rank = (not counts, perturbations[number] if counts else 0.0, float(number))
-            if self._shown is None or rank[:2] < self._shown[0][:2]:
+            rank = (not counts, perturbations[number] if counts else 0.0)
+            if self._shown is None or rank < self._shown[0]:
                 self._shown = rank, images[number].detach(), what if isinstance(what, str) else what[number]
             found.append(counts)
         return found

