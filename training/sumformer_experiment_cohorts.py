@@ -1,8 +1,8 @@
 """Training of many small models of one architecture at once: targets, learning rates and seeds side by side in one tensor.
 
 The parameters of all models are the rows of one matrix, and their forward pass is one `vmap`. On a GPU a whole step (forward,
-backward, Adam) is one CUDA graph, and so is the drawing of fresh random sets and their targets for the next steps. A model's learning
-rate is constant until its validation error stands still, or the limit is reached, and then falls to zero linearly.
+backward, Adam) is one CUDA graph, and so is the drawing of fresh random sets and their targets for the next steps. A model's
+learning rate is constant until its validation error stands still, or the limit is reached, and then falls to zero linearly.
 """
 
 import math
