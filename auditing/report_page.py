@@ -11,6 +11,8 @@ import jinja2
 
 from geobased.line_chart import Line, line_chart
 
+from .report_pictures import shown_width
+
 # colours of the style sheet
 COLOURS = 6
 BAR_WIDTH, BAR_HEIGHT, LABEL_HEIGHT, ROW_HEIGHT, MARGIN = 300, 14, 18, 40, 20
@@ -28,7 +30,11 @@ def report_page(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
         losses=loss_plot(content["results"]),
         examples=_examples(content),
         pictures=[
-            {**shown, "source": "data:image/png;base64," + base64.b64encode(pictures[shown["file"]]).decode()}
+            {
+                **shown,
+                "source": "data:image/png;base64," + base64.b64encode(pictures[shown["file"]]).decode(),
+                "width": shown_width(pictures[shown["file"]]),
+            }
             for shown in content["pictures"]
         ],
     )

@@ -186,7 +186,8 @@ tags:
 
 A BASED language model of {based["parameters"] / 1e6:.1f} million parameters: gated short convolutions, Taylor linear attention
 and 64-key sliding windows ([Arora et al. 2024](https://arxiv.org/abs/2402.18668)), trained from scratch. It is made to show one
-thing: a state of fixed size can recall what stands in the context. It is no general assistant.
+thing: a state of fixed size can recall what stands in the context. It is made for research on recall, not for use as an assistant
+or as a source of facts.
 
 ## Use
 
@@ -285,6 +286,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2 test text")
     parser.add_argument("--results", type=Path, required=True, help="JSON file to write; the plot goes beside it")
     parser.add_argument("--checkpoint", type=Path, help="folder for the trained model with its card")
+    parser.add_argument("--audits", type=Path, nargs="+", help="reports of audits of these very weights, for the card")
     parser.add_argument("--num-documents", type=int, default=600)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights in evaluation, e.g. bfloat16 as they are stored")
@@ -322,6 +324,8 @@ def main() -> None:
         write_checkpoint(options.runs / "based", options.checkpoint)
         shutil.copy(plot, options.checkpoint / PLOT_NAME)
         (options.checkpoint / "README.md").write_text(model_card(report), encoding="utf-8")
+        if options.audits:
+            add_audits(options.checkpoint, options.audits)
 
 
 if __name__ == "__main__":

@@ -65,10 +65,10 @@ def test_the_whole_way_with_a_shipped_model(geobased, folder):
     assert compared.exit_code == 0, compared.output
     assert "p = 1" in compared.stdout and "again: black" in (folder / "compared.html").read_text()
 
-    with open(report / "ledger.jsonl", "ab") as ledger:
+    with open(report / "ledger.jsonl.xz", "ab") as ledger:
         ledger.write(b"\n")
     spoilt = geobased("audit", "verify", report)
-    assert spoilt.exit_code == 1 and "files      FAILED       ledger.jsonl was changed" in spoilt.stdout
+    assert spoilt.exit_code == 1 and "files      FAILED       ledger.jsonl.xz was changed" in spoilt.stdout
 
 
 def test_wrong_input_is_named(fails, folder, tmp_path):
