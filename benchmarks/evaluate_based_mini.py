@@ -5,7 +5,8 @@
 
 Measures recall of held-out places (overall, by field, by distance, and without the records), perplexity on the WikiText-2
 test text and on documents of held-out places, and the size of the generation state. Writes the JSON, a plot beside it, and,
-with --checkpoint, a copy of the trained BASED model with the plot and a README.md made of these numbers.
+with --checkpoint, a copy of the trained BASED model with the plot and a README.md made of these numbers, and of what audits of
+that very model found, if --audits names their reports.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import geobased  # noqa: F401  (registers the package's model types)
+from geobased.auditing.report_card import add_audits
 from geobased.recall.gazetteer_documents import GazetteerDocument, generate_documents
 from geobased.recall.gazetteer_recall import RECALL_FIELDS, GazetteerRecall, evaluate_recall, plot_recall_by_distance
 from geobased.recall.places import load_places
