@@ -3,8 +3,8 @@
     python -m geobased.training.earthclip_release runs/earthclip-mini/full checkpoints --ablations runs/earthclip-mini/ablations
 
 Copies the two models without the code that saved models carry (the package has it), and writes beside them the evaluation, the
-example crop, the curves of the losses, and a card each. Each folder is replaced as a whole or not at all. Audits of earthclip-mini
-stay in its card if --audits names their reports, which must be of the released files.
+example crop, the curves of the losses, and a card each. Each folder is replaced as a whole or not at all. Audits stay in the card
+of earthclip-mini if --audits names their reports, which must be of the released files.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="output folder of the training")
     parser.add_argument("checkpoints", type=Path, help="folder that gets earthclip-mini and earthclip-mini-clip")
     parser.add_argument("--ablations", type=Path, help="folder of the ablations' runs")
-    parser.add_argument("--audits", type=Path, nargs="+", default=(), help="reports of audits of these very weights, for the card")
+    parser.add_argument("--audits", type=Path, nargs="+", default=(), help="reports of audits of the very same files")
     given = parser.parse_args(arguments)
     try:
         folders = release(given.run, given.checkpoints, given.ablations, given.audits)

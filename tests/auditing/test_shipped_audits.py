@@ -15,6 +15,7 @@ from geobased.auditing.report_card import add_audits, card_with_audits
 from geobased.auditing.report_page import comparison_page
 from geobased.auditing.verification import verify
 from geobased.checkpoints import checkpoint_path
+from geobased.training.earthclip_card import earthclip_card
 
 AUDITS = Path(__file__).resolve().parents[2] / "audits"
 REPORTS = {
@@ -69,6 +70,14 @@ def test_the_models_card_holds_its_audits(model):
     rates = [level["rate"] for content in contents for level in content["results"]["levels"]]
     metrics = [metric for result in found["model-index"][0]["results"] for metric in result["metrics"]]
     assert [metric["value"] for metric in metrics if metric["type"] == "audit_success_rate"] == [round(r, 4) for r in rates]
+
+
+def test_making_the_card_anew_keeps_its_audits():
+    folder = Path(checkpoint_path("earthclip-mini"))
+    evaluation, ablations = (json.loads((folder / f"{name}.json").read_text()) for name in ("evaluation", "ablations"))
+    contents = [read_report(report).content for report in reports_of("earthclip-mini")]
+    made = card_with_audits(earthclip_card("pigeon", evaluation, ablations["rows"]), contents)
+    assert made == (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_card_gets_audits_of_its_own_model_alone(tmp_path):

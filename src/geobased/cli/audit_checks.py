@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -63,6 +63,8 @@ def bias(
 
     Groups: country, UN region and subregion, density of the country, distance from towns, and columns of your own.
     """
+    import numpy as np
+
     from geobased.auditing.group_bias import answer_groupings, group_bias, place_groupings
 
     listed = read_list(table, images)
@@ -75,7 +77,7 @@ def bias(
     countries, _ = places_of(found.listed)
     groupings = {**place_groupings(truths, countries), **{name: [own[name][row] for row in kept] for name in group or []}}
     report = group_bias(
-        [[answer["latitude"], answer["longitude"]] for answer in found.answers],
+        np.array([[answer["latitude"], answer["longitude"]] for answer in found.answers]),
         truths,
         groupings,
         answered_groupings=answer_groupings([answer["country_code"] or "" for answer in found.answers]),
