@@ -28,7 +28,8 @@ def compare(folders: Sequence[str | Path]) -> dict[str, Any]:
         for level in content["results"]["levels"]:
             if level["techniques"]:
                 # the folder tells two reports of one model at one level apart
-                levels.append({**level, "model": content["model"]["name"], "name": f"{folder.name}: {level['access']}"})
+                name = f"{folder.name}: {level['access']}" if len(reports) > 1 else level["access"]
+                levels.append({**level, "model": content["model"]["name"], "name": name})
     if len(levels) < 2:
         raise ValueError("there is one level of access in all: give a further report of the question")
     if len({level["access"] for level in levels}) < len(levels):

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from geobased.checkpoints import checkpoint_path, shipped_checkpoints, shipped_organisms
+
 from .access import NOTHING, Capability, access_name, parse_access
 from .endpoint import Endpoint
 from .model_loading import ModelSource
@@ -15,7 +17,7 @@ from .runner import Findings, run_question
 from .target import AuditTarget, Mode
 from .technique import TECHNIQUES, Technique, make_technique
 
-KEYS = ("model", "endpoint", "mode", "access", "outside", "question", "techniques", "seed", "hub_dataset")
+KEYS = ("model", "endpoint", "mode", "access", "outside", "question", "techniques", "seed", "pictures", "hub_dataset")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class AuditConfiguration:
         mode: of `AuditTarget.open`; None for its default.
         outside: files of what lies outside the box, by capability.
         hub_dataset: {"id", "task"} of a data set on the Hub that holds the question, if there is one.
+        pictures: of how many items the report shows pictures for each technique; None for all.
     """
 
     model: ModelSource | Endpoint
@@ -39,6 +42,11 @@ class AuditConfiguration:
     mode: Mode | None = None
     outside: Mapping[str, list[str]] = field(default_factory=dict)
     hub_dataset: Mapping[str, str] = field(default_factory=dict)
+    pictures: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pictures is not None and self.pictures < 0:
+            raise ValueError(f"pictures={self.pictures} must be a number of items, 0 or more")
 
     @property
     def grant(self) -> Capability:
@@ -59,6 +67,7 @@ class AuditConfiguration:
             "techniques": [technique.to_dict() for technique in self.techniques],
             "seed": self.seed,
             "hub_dataset": dict(self.hub_dataset),
+            "pictures": self.pictures,
         }
 
     @staticmethod
@@ -80,7 +89,7 @@ class AuditConfiguration:
             named = content["model"]
             settings = {"name": named} if isinstance(named, str) else dict(named)
             if "name" in settings and (folder / settings["name"]).is_dir():
-                settings["name"] = str(folder / settings["name"])
+                settings["name"] = _shipped_name((folder / settings["name"]).resolve())
             model = _settings("model", ModelSource, settings)
         access = content["access"]
         words = [access] if isinstance(access, str) else list(access)
@@ -107,6 +116,7 @@ class AuditConfiguration:
             mode,
             outside,
             dict(content.get("hub_dataset") or {}),
+            content.get("pictures"),
         )
 
 
@@ -142,6 +152,13 @@ def run_configuration(
             report=report,
         )
         return findings, target.ledger(), target.mode
+
+
+def _shipped_name(folder: Path) -> str:
+    """The name of a model that ships with geobased, which is the same everywhere; other folders in full."""
+    if folder.name in (*shipped_checkpoints(), *shipped_organisms()) and folder.samefile(checkpoint_path(folder.name)):
+        return folder.name
+    return str(folder)
 
 
 def _settings(what: str, kind: Any, content: Any) -> Any:

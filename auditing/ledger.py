@@ -4,11 +4,12 @@ A row holds digests of what went in and came out, never the thing itself, and no
 leaves the same ledger.
 """
 
+import lzma
 from collections.abc import Sequence
 from typing import Any
 
 from .access import NOTHING, Capability, capability_names, parse_access
-from .canonical import canonical_json, sha256
+from .canonical import canonical_json, read_json, sha256
 
 START = "0" * 64
 SERVED, REFUSED, FAILED = "served", "refused", "failed"
@@ -62,9 +63,23 @@ class Ledger:
         self.rows.append({**row, "hash": sha256(canonical_json(row))})
 
 
-def ledger_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
-    """The file: a row of canonical JSON in each line."""
+def ledger_lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    """A row of canonical JSON in each line."""
     return b"".join(canonical_json(row) + b"\n" for row in rows)
+
+
+def ledger_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
+    """The file: the lines, compressed, as each row repeats much of the one before."""
+    return lzma.compress(ledger_lines(rows))
+
+
+def read_ledger(data: bytes) -> tuple[list[dict[str, Any]], bytes]:
+    """Rows and lines of a ledger's file. Raises `ValueError` for other content."""
+    try:
+        lines = lzma.decompress(data)
+    except lzma.LZMAError as error:
+        raise ValueError(f"the ledger is no xz file: {error}") from error
+    return [read_json(line) for line in lines.splitlines()], lines
 
 
 def used_capabilities(rows: Sequence[dict[str, Any]]) -> Capability:
@@ -138,6 +153,8 @@ __all__ = [
     "SERVED",
     "Ledger",
     "ledger_bytes",
+    "ledger_lines",
     "ledger_problems",
+    "read_ledger",
     "used_capabilities",
 ]

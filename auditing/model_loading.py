@@ -28,6 +28,8 @@ from .text_model import TextModel
 
 GEOLOCALIZERS = ("pigeon", "streetclip")
 ADAPTER_FILE = "adapter_config.json"
+# takes in what an audit found, so that no audit can hold its digest
+CARD_FILE = "README.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,12 +108,16 @@ def _base_folder(folder: Path, *, download: bool = True) -> Path:
 
 
 def model_sha256(folder: Path, *, download: bool = True) -> dict[str, str]:
-    """Digests of a model's files by their paths; those of the model that an adapter goes on begin with "base/"."""
-    files = folder_sha256(folder)
+    """Digests of a model's files, but for its card, by their paths; of the model that an adapter goes on they begin "base/"."""
+    files = _files_sha256(folder)
     if not (folder / ADAPTER_FILE).is_file():
         return files
-    base = folder_sha256(_base_folder(folder, download=download))
+    base = _files_sha256(_base_folder(folder, download=download))
     return {**{f"base/{name}": digest for name, digest in base.items()}, **files}
+
+
+def _files_sha256(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in folder_sha256(folder).items() if name != CARD_FILE}
 
 
 def _load_adapter(source: ModelSource, folder: Path, files: dict[str, str]) -> ServedModel:

@@ -6,7 +6,7 @@ so that every file that was read is in the ledger. A check that fails is a quest
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -346,26 +346,65 @@ def outside_checks(target: Any, *, rules: Sequence[str] = (), licences: Sequence
     """
     checks: list[Check] = []
     if Capability.DOCS in target.grant:
-        for name in target.outside("docs"):
-            if name.endswith(".md"):
-                text = target.read_outside("docs", name).decode("utf-8", "replace")
-                checks += [Check(f"{name}: {c.name}", c.passed, c.detail) for c in check_card(text, licences)]
+        checks += _card_checks(target.outside("docs"), lambda name: target.read_outside("docs", name), licences)
     if Capability.HPARAMS in target.grant and rules:
         for name in target.outside("hparams"):
             if name.endswith(".json"):
-                record = json.loads(target.read_outside("hparams", name))
-                checks += [Check(f"{name}: {c.name}", c.passed, c.detail) for c in check_records(record, rules)]
+                checks += _named(name, check_records(json.loads(target.read_outside("hparams", name)), rules))
     if Capability.CHECKPOINTS in target.grant:
-        names = target.outside("checkpoints")
-        configs = [name for name in names if Path(name).name == "config.json"]
-        for name in configs:
-            files = [other for other in names if Path(other).parent == Path(name).parent and other.endswith(".safetensors")]
-            shapes: dict[str, list[int]] = {}
-            for file in files:
-                shapes |= safetensors_shapes(target.read_outside("checkpoints", file))
-            if shapes:
-                config = json.loads(target.read_outside("checkpoints", name))
-                checks += [Check(f"{name}: {c.name}", c.passed, c.detail) for c in check_config(config, shapes)]
+        checks += _weight_checks(target.outside("checkpoints"), lambda name: target.read_outside("checkpoints", name))
+    return checks
+
+
+def folder_checks(folder: str | Path, *, rules: Sequence[str] = (), licences: Sequence[str] = ()) -> list[Check]:
+    """The same of a model's folder that you hold: its cards, its configuration and weights, and its records by `rules`.
+
+    Args:
+        rules: with the name of a JSON file in the folder, such as "training_log.json: tokens = steps * batch * 1024".
+        licences: see `check_card`.
+
+    Raises:
+        NotADirectoryError: no such folder.
+        ValueError: a rule that names no file, or one that is no JSON or not there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"there is no folder {folder}")
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    checks = _card_checks(names, lambda name: (folder / name).read_bytes(), licences)
+    for rule in rules:
+        name, colon, formula = (part.strip() for part in rule.partition(":"))
+        if not colon or name not in names:
+            raise ValueError(f"rule {rule!r} does not begin with a file of {folder}, as in `training_log.json: tokens = …`")
+        try:
+            record = read_json((folder / name).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"rule {rule!r}: {folder / name} is no JSON: {error}") from error
+        checks += _named(name, check_records(record, [formula]))
+    return checks + _weight_checks(names, lambda name: (folder / name).read_bytes())
+
+
+def _named(file: str, checks: Sequence[Check]) -> list[Check]:
+    return [Check(f"{file}: {check.name}", check.passed, check.detail) for check in checks]
+
+
+def _card_checks(names: Sequence[str], read: Callable[[str], bytes], licences: Sequence[str]) -> list[Check]:
+    cards = [name for name in names if name.endswith(".md")]
+    return [check for name in cards for check in _named(name, check_card(read(name).decode("utf-8", "replace"), licences))]
+
+
+def _weight_checks(names: Sequence[str], read: Callable[[str], bytes]) -> list[Check]:
+    """Of each config.json with the safetensors files beside it."""
+    checks = []
+    for name in names:
+        if Path(name).name != "config.json":
+            continue
+        files = [other for other in names if Path(other).parent == Path(name).parent and other.endswith(".safetensors")]
+        shapes: dict[str, list[int]] = {}
+        for file in files:
+            shapes |= safetensors_shapes(read(file))
+        if shapes:
+            checks += _named(name, check_config(json.loads(read(name)), shapes))
     return checks
 
 
@@ -381,6 +420,7 @@ __all__ = [
     "contamination",
     "count_parameters",
     "coverage_against_error",
+    "folder_checks",
     "lineage",
     "outside_checks",
     "safetensors_shapes",

@@ -17,15 +17,16 @@ from geobased.whole_file import whole_file
 from .access import access_name, capability_names
 from .canonical import canonical_json, folder_sha256, read_json, sha256
 from .configuration import AuditConfiguration, run_configuration
-from .ledger import ledger_bytes, used_capabilities
+from .ledger import ledger_bytes, read_ledger, used_capabilities
 from .report_card import eval_results_yaml, model_card_block
 from .report_page import report_page
 from .report_pictures import picture_png
 from .statement import fingerprint, public_pem, sign, statement, throwaway_key
 from .target import CLAIMS
+from .technique import Picture
 
 FORMAT = "geobased-audit-1"
-REPORT, LEDGER, STATEMENT, PUBLIC_KEY = "report.json", "ledger.jsonl", "audit.intoto.json", "public_key.pem"
+REPORT, LEDGER, STATEMENT, PUBLIC_KEY = "report.json", "ledger.jsonl.xz", "audit.intoto.json", "public_key.pem"
 PAGE, CARD, EVAL_RESULTS = "report.html", "model_card.md", ".eval_results/audit.yaml"
 # what the statement cannot hold the digests of
 UNLISTED = {STATEMENT, PUBLIC_KEY}
@@ -105,7 +106,7 @@ def run_audit(configuration: AuditConfiguration, report: Callable[[str], None] |
     findings, rows, mode = run_configuration(configuration, report)
     pictures: dict[str, bytes] = {}
     shown = []
-    for number, (technique, item, picture) in enumerate(findings.pictures):
+    for number, (technique, item, picture) in enumerate(_kept(findings.pictures, configuration.pictures)):
         name = f"pictures/{number:04d}.png"
         pictures[name] = picture_png(picture)
         shown.append({"file": name, "technique": technique, "item": item, "caption": picture.caption})
@@ -130,6 +131,16 @@ def run_audit(configuration: AuditConfiguration, report: Callable[[str], None] |
     return AuditReport(read_json(canonical_json(content)), rows, pictures)
 
 
+def _kept(pictures: list[tuple[str, str, Picture]], most: int | None) -> list[tuple[str, str, Picture]]:
+    """Those of the first `most` items that each technique has pictures of."""
+    items: dict[str, list[str]] = {}
+    for technique, item, _ in pictures:
+        seen = items.setdefault(technique, [])
+        if item not in seen:
+            seen.append(item)
+    return [row for row in pictures if row[1] in items[row[0]][:most]]
+
+
 def read_report(folder: str | Path) -> AuditReport:
     """A saved report, without a look at its signature. Raises `FileNotFoundError` or `ValueError` if it is none."""
     folder = Path(folder)
@@ -138,7 +149,7 @@ def read_report(folder: str | Path) -> AuditReport:
     content = read_json((folder / REPORT).read_bytes())
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{folder / REPORT} is no report of the form {FORMAT}")
-    rows = [read_json(line) for line in (folder / LEDGER).read_bytes().splitlines()]
+    rows, _ = read_ledger((folder / LEDGER).read_bytes())
     pictures = {shown["file"]: (folder / shown["file"]).read_bytes() for shown in content["pictures"]}
     return AuditReport(content, rows, pictures)
 

@@ -11,6 +11,8 @@ import jinja2
 
 from geobased.line_chart import Line, line_chart
 
+from .report_pictures import shown_width
+
 # colours of the style sheet
 COLOURS = 6
 BAR_WIDTH, BAR_HEIGHT, LABEL_HEIGHT, ROW_HEIGHT, MARGIN = 300, 14, 18, 40, 20
@@ -28,7 +30,11 @@ def report_page(content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
         losses=loss_plot(content["results"]),
         examples=_examples(content),
         pictures=[
-            {**shown, "source": "data:image/png;base64," + base64.b64encode(pictures[shown["file"]]).decode()}
+            {
+                **shown,
+                "source": "data:image/png;base64," + base64.b64encode(pictures[shown["file"]]).decode(),
+                "width": shown_width(pictures[shown["file"]]),
+            }
             for shown in content["pictures"]
         ],
     )
@@ -114,14 +120,15 @@ def loss_plot(results: Mapping[str, Any]) -> str:
 
 
 def _examples(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Successes first, as many of each technique as there is room for."""
+    """Of each technique, as many items as there is room for, successes first."""
     items = {item["id"]: item for item in content["question"]["items"]}
     found = []
     for technique in content["results"]["techniques"]:
-        ranked = sorted(technique["items"], key=lambda item: not item["success"])
-        for item in ranked[:MOST_EXAMPLES]:
+        shown_items = []
+        for item in sorted(technique["items"], key=lambda item: not item["success"])[:MOST_EXAMPLES]:
             asked = {name: value for name, value in items[item["id"]].items() if name not in ("id", "image_sha256")}
-            found.append({"technique": technique["name"], "unit": technique["perturbation_unit"], "asked": asked, **item})
+            shown_items.append({"technique": technique["name"], "unit": technique["perturbation_unit"], "asked": asked, **item})
+        found.append({"name": technique["name"], "examples": shown_items})
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from .access import parse_access
 from .canonical import canonical_json
 from .configuration import AuditConfiguration
-from .ledger import OPEN_SCOPE, SERVED, ledger_bytes, ledger_problems, used_capabilities
+from .ledger import OPEN_SCOPE, SERVED, ledger_lines, ledger_problems, read_ledger, used_capabilities
 from .model_loading import ModelSource, model_sha256
 from .report import LEDGER, PUBLIC_KEY, REPORT, STATEMENT, AuditReport, listed_files, read_report, run_audit
 from .statement import SignatureError, fingerprint, open_envelope, read_public_key
@@ -111,7 +111,7 @@ def _check_model(content: Mapping[str, Any], report: AuditReport, model: str | P
 def _check_ledger(report: AuditReport, data: bytes) -> list[Check]:
     content, rows = report.content, report.rows
     problems = ledger_problems(rows)
-    if ledger_bytes(rows) != data:
+    if ledger_lines(rows) != read_ledger(data)[1]:
         problems.append("the ledger is not in its canonical form")
     if content["ledger"] != {"root": rows[-1]["hash"] if rows else None, "rows": len(rows)}:
         problems.append("the ledger is not the one that the report names")

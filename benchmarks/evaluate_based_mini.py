@@ -5,7 +5,8 @@
 
 Measures recall of held-out places (overall, by field, by distance, and without the records), perplexity on the WikiText-2
 test text and on documents of held-out places, and the size of the generation state. Writes the JSON, a plot beside it, and,
-with --checkpoint, a copy of the trained BASED model with the plot and a README.md made of these numbers.
+with --checkpoint, a copy of the trained BASED model with the plot and a README.md made of these numbers, and of what audits of
+that very model found, if --audits names their reports.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import geobased  # noqa: F401  (registers the package's model types)
+from geobased.auditing.report_card import add_audits
 from geobased.recall.gazetteer_documents import GazetteerDocument, generate_documents
 from geobased.recall.gazetteer_recall import RECALL_FIELDS, GazetteerRecall, evaluate_recall, plot_recall_by_distance
 from geobased.recall.places import load_places
@@ -186,7 +188,8 @@ tags:
 
 A BASED language model of {based["parameters"] / 1e6:.1f} million parameters: gated short convolutions, Taylor linear attention
 and 64-key sliding windows ([Arora et al. 2024](https://arxiv.org/abs/2402.18668)), trained from scratch. It is made to show one
-thing: a state of fixed size can recall what stands in the context. It is no general assistant.
+thing: a state of fixed size can recall what stands in the context. It is made for research on recall, not for use as an assistant
+or as a source of facts.
 
 ## Use
 
@@ -285,6 +288,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2 test text")
     parser.add_argument("--results", type=Path, required=True, help="JSON file to write; the plot goes beside it")
     parser.add_argument("--checkpoint", type=Path, help="folder for the trained model with its card")
+    parser.add_argument("--audits", type=Path, nargs="+", help="reports of audits of these very weights, for the card")
     parser.add_argument("--num-documents", type=int, default=600)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights in evaluation, e.g. bfloat16 as they are stored")
@@ -322,6 +326,8 @@ def main() -> None:
         write_checkpoint(options.runs / "based", options.checkpoint)
         shutil.copy(plot, options.checkpoint / PLOT_NAME)
         (options.checkpoint / "README.md").write_text(model_card(report), encoding="utf-8")
+        if options.audits:
+            add_audits(options.checkpoint, options.audits)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import lzma
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,17 @@ CORPUS = ("the river runs past the town and the town looks at the river",) * 3
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def reference_tensors() -> Callable[[str], dict[str, torch.Tensor]]:
+    """`reference_tensors("based/modules_fp64")` -> the tensors of a file of tests/fixtures."""
+    from safetensors.torch import load
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        return load(lzma.decompress((ROOT / "tests" / "fixtures" / f"{name}.safetensors.xz").read_bytes()))
+
+    return read
 
 
 @pytest.fixture(scope="session")

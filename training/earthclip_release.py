@@ -3,16 +3,19 @@
     python -m geobased.training.earthclip_release runs/earthclip-mini/full checkpoints --ablations runs/earthclip-mini/ablations
 
 Copies the two models without the code that saved models carry (the package has it), and writes beside them the evaluation, the
-example crop, the curves of the losses, and a card each. Each folder is replaced as a whole or not at all.
+example crop, the curves of the losses, and a card each. Each folder is replaced as a whole or not at all. Audits stay in the card
+of earthclip-mini if --audits names their reports, which must be of the released files.
 """
 
 import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from geobased.auditing.report_card import add_audits
 from geobased.modeling_based.whole_folder import whole_folder
 from geobased.training.artifacts import write_json
 from geobased.training.earthclip import EVALUATION_FILE, EXAMPLE_FILE
@@ -25,16 +28,18 @@ LOSS_FILE, ABLATIONS_FILE = "loss.png", "ablations.json"
 TITLES = {"clip": "CLIP: contrastive loss", "pigeon": "PIGEON: smoothed loss of cells, elevation, climate"}
 
 
-def release(run: Path, checkpoints: Path, ablations: Path | None = None) -> list[Path]:
+def release(run: Path, checkpoints: Path, ablations: Path | None = None, audits: Sequence[Path] = ()) -> list[Path]:
     """Writes the two folders, and returns them.
 
     Args:
         run: output folder of `geobased.training.earthclip`.
         checkpoints: folder that gets the two.
         ablations: folder of runs for the table (see `earthclip_ablations`).
+        audits: folders of reports for the card of earthclip-mini.
 
     Raises:
         FileNotFoundError: a run that is not finished.
+        ValueError: an audit of other files than the released ones.
     """
     if not (run / EVALUATION_FILE).is_file():
         raise FileNotFoundError(f"{run} has no {EVALUATION_FILE}: the run is not finished")
@@ -57,6 +62,8 @@ def release(run: Path, checkpoints: Path, ablations: Path | None = None) -> list
                 plot_stages(evaluation["stages"], temporary / LOSS_FILE)
                 if rows is not None:
                     write_json(temporary / ABLATIONS_FILE, {"rows": rows})
+                if audits:
+                    add_audits(temporary, audits)
         folders.append(checkpoints / name)
     return folders
 
@@ -84,10 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="output folder of the training")
     parser.add_argument("checkpoints", type=Path, help="folder that gets earthclip-mini and earthclip-mini-clip")
     parser.add_argument("--ablations", type=Path, help="folder of the ablations' runs")
+    parser.add_argument("--audits", type=Path, nargs="+", default=(), help="reports of audits of the very same files")
     given = parser.parse_args(arguments)
     try:
-        folders = release(given.run, given.checkpoints, given.ablations)
-    except FileNotFoundError as error:
+        folders = release(given.run, given.checkpoints, given.ablations, given.audits)
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(f"earthclip_release: {error}")
     print("\n".join(map(str, folders)))
 

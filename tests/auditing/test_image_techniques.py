@@ -96,8 +96,8 @@ def test_normalised_images_are_refused_everywhere(clip):
         integrated_gradients(clip, normalised, 0)
 
 
-def test_integrated_gradients_and_occlusion_give_what_captum_gives(clip):
-    expected, images = load_file(FIXTURES / "captum.safetensors"), reference_images()
+def test_integrated_gradients_and_occlusion_give_what_captum_gives(clip, reference_tensors):
+    expected, images = reference_tensors("audit/captum"), reference_images()
     for number, image in enumerate(images.split(1)):
         column = int(PREDICTED[number])
         # scores are log probabilities: captum's are of logits, whose logarithm of a sum is taken off

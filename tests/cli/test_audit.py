@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,10 +66,10 @@ def test_the_whole_way_with_a_shipped_model(geobased, folder):
     assert compared.exit_code == 0, compared.output
     assert "p = 1" in compared.stdout and "again: black" in (folder / "compared.html").read_text()
 
-    with open(report / "ledger.jsonl", "ab") as ledger:
+    with open(report / "ledger.jsonl.xz", "ab") as ledger:
         ledger.write(b"\n")
     spoilt = geobased("audit", "verify", report)
-    assert spoilt.exit_code == 1 and "files      FAILED       ledger.jsonl was changed" in spoilt.stdout
+    assert spoilt.exit_code == 1 and "files      FAILED       ledger.jsonl.xz was changed" in spoilt.stdout
 
 
 def test_wrong_input_is_named(fails, folder, tmp_path):
@@ -98,3 +99,40 @@ def test_without_the_extra_it_is_named(fails, folder, tmp_path, monkeypatch):
     assert "needs cryptography" in fails("audit", "run", folder / "audit.yaml", "--output-dir", tmp_path / "out", code=1)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "geobased\[audit\]"'):
         audit_package("cryptography.hazmat.primitives.asymmetric.ed25519")
+
+
+def test_what_lies_beside_the_weights_is_checked(geobased, fails, tmp_path):
+    rule = "training_log.json: tokens = steps * arguments.per_device_train_batch_size * config.max_position_embeddings"
+    result = geobased("audit", "outside", "based-mini", "--license", "apache-2.0", "--rule", rule, "--json")
+    assert result.exit_code == 0, result.output
+    checks = {check["name"]: check["passed"] for check in json.loads(result.stdout)["checks"]}
+    assert checks[rule] and checks["config.json: config and weights"] and checks["README.md: licence"]
+    other = geobased("audit", "outside", "based-mini", "--license", "mit", "--rule", "training_log.json: seed = 1")
+    assert other.exit_code == 1
+    assert "FAILED       licence apache-2.0, which is none of mit" in other.stdout and "recorded 0, derived 1" in other.stdout
+    assert "does not begin with a file of" in fails("audit", "outside", "based-mini", "--rule", "tokens = steps")
+
+
+def test_groups_of_places_are_told_apart(geobased, fails, tmp_path):
+    from PIL import Image
+
+    from geobased.checkpoints import checkpoint_path
+
+    example = Image.open(Path(checkpoint_path("earthclip-mini"), "example.png")).convert("RGB")
+    lines = ["path,latitude,longitude,country,income,city"]
+    for number, degrees in enumerate((0, 90, 180, 270)):
+        example.rotate(degrees).save(tmp_path / f"{degrees}.png")
+        # two at the true place, two that are said to be elsewhere
+        place = "44.78,51.17,KZ,high" if number < 2 else "-10,-50,BR,low"
+        lines.append(f"{degrees}.png,{place},{number}")
+    (tmp_path / "places.csv").write_text("\n".join(lines))
+    options = ("--group", "income", "--cluster", "city", "--resamples", "50")
+    result = geobased("audit", "bias", tmp_path / "places.csv", *options)
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[0] == "4 images of 4 clusters; 50.0 % within 750 km"
+    rows = {line.split()[0]: line for line in lines if line}
+    assert rows["high"].startswith("high 2 100.0 % +100 (+100 to +100)") and rows["low"].startswith("low 2 0.0 % -100")
+    # the model answers Kazakhstan to all four
+    assert rows["KZ"].endswith(" 2.00") and rows["BR"].endswith(" 0.00")
+    assert "has no column town; it has path" in fails("audit", "bias", tmp_path / "places.csv", "--group", "town")

@@ -17,7 +17,7 @@ COMMANDS = (
     *("recall gazetteer-benchmark", "recall repeated-bigrams", "recall lm-eval", "recall lm-eval-tasks", "recall twins"),
     *("recall calibration", "train preferences", "train reward"),
     *("audit run", "audit verify", "audit reproduce", "audit compare", "audit key"),
-    *("audit train-organism", "audit measure-organisms"),
+    *("audit train-organism", "audit measure-organisms", "audit bias", "audit outside", "audit card"),
     pytest.param("train superhf", marks=pytest.mark.skipif(find_spec("trl") is None, reason="its settings are those of TRL")),
     *("train lm", "train streetclip", "train pigeon", "train pigeon-embeddings", "demo generation", "demo geolocalization"),
 )

@@ -33,7 +33,7 @@ def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
 
 def test_every_tutorial_is_in_the_overview_and_in_the_navigation():
     overview, navigation = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/tutorials/index.md", "mkdocs.yml"))
-    assert len(TUTORIALS) == 6
+    assert len(TUTORIALS) == 7
     for page in TUTORIALS:
         assert f"({page.name})" in overview and f": tutorials/{page.name}" in navigation
 

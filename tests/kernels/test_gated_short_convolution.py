@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from geobased.kernels import backend as backend_module
 from geobased.kernels import gated_short_convolution as op
@@ -69,8 +68,8 @@ def cases(*shapes):
 # --- the plain form ---------------------------------------------------------------------------------------------------
 
 
-def test_reference_reproduces_official_numbers():
-    fixture = load_file(ROOT / "tests/fixtures/based/modules_fp64.safetensors")
+def test_reference_reproduces_official_numbers(reference_tensors):
+    fixture = reference_tensors("based/modules_fp64")
     parameters = {name.removeprefix("baseconv.sd."): t for name, t in fixture.items() if name.startswith("baseconv.sd.")}
     projected = F.linear(fixture["baseconv.x"], parameters["in_proj.weight"], parameters["in_proj.bias"])
     y = gated_short_convolution(*projected.chunk(2, dim=-1), parameters["conv.conv.weight"].squeeze(1))

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from geobased.kernels import backend as backend_module
 from geobased.kernels import flash_attention as op  # the op that windows share with all softmax attention
@@ -65,8 +64,8 @@ def cases(*shapes):
 
 
 @pytest.mark.parametrize("case, window", [("B1T20H2d16left0rot1", 1), ("B2T40H2d16left8rot1", 9)])
-def test_reference_reproduces_official_numbers(case, window):
-    fixture = load_file(ROOT / "tests/fixtures/based/modules_fp64.safetensors")
+def test_reference_reproduces_official_numbers(reference_tensors, case, window):
+    fixture = reference_tensors("based/modules_fp64")
     q, k, v = fixture[f"swa.{case}.qkv_rot"].unbind(2)
     y = sliding_window_attention(q, k, v, window=window)
     assert_close("y", y, fixture[f"swa.{case}.y"], 1e-12)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from geobased.kernels import taylor_linear_attention as op
 from geobased.kernels import taylor_linear_attention_launch as launch
@@ -101,8 +100,8 @@ def check_against_float64(case: str, device: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def official():
-    return load_file(ROOT / "tests/fixtures/based/modules_fp64.safetensors")
+def official(reference_tensors):
+    return reference_tensors("based/modules_fp64")
 
 
 @pytest.mark.parametrize("case", FIXTURE_CASES)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from geobased import BasedConfig, BasedForCausalLM
@@ -16,9 +15,9 @@ ALL_MIXERS = ("conv", "linear_attention", "sliding_attention")
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
+def golden(reference_tensors) -> dict[str, torch.Tensor]:
     """Reference values of tiny_a, a small checkpoint in the official format."""
-    return load_file(TINY / "golden.safetensors")
+    return reference_tensors("based/tiny_a/golden")
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ AS_PUBLISHED = {"kl_reduction": "sum", "kl_one_late": True}
 
 
 @pytest.fixture(scope="module")
-def published():
+def published(reference_tensors):
     """Texts padded at the right as the trainer holds them, prompt lengths, and the logits of left-padded texts."""
-    tensors = load_file(FIXTURES / "kl_inputs.safetensors")
+    tensors = reference_tensors("superhf/kl_inputs")
     mask = tensors["attention_mask"]
     source = (torch.arange(mask.shape[1]) + mask.shape[1] - mask.sum(1, keepdim=True)) % mask.shape[1]
     at_the_right = {name: tensors[name].gather(1, source) for name in ("input_ids", "attention_mask")}

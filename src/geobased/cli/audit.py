@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import audit_checks
 from .errors import FAILURE, CommandError
 from .options import Debug, Json, Overwrite, add_command, show_help
 from .sources import quiet_transformers
@@ -241,6 +242,9 @@ add_command(app, "compare", compare, COMPARE_EXAMPLES)
 add_command(app, "key", key, KEY_EXAMPLES)
 add_command(app, "train-organism", train_organism, ORGANISM_EXAMPLES)
 add_command(app, "measure-organisms", measure_organisms, MEASURE_EXAMPLES)
+add_command(app, "bias", audit_checks.bias, audit_checks.BIAS_EXAMPLES)
+add_command(app, "outside", audit_checks.outside, audit_checks.OUTSIDE_EXAMPLES)
+add_command(app, "card", audit_checks.card, audit_checks.CARD_EXAMPLES)
 
 
 @contextlib.contextmanager

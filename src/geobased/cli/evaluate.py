@@ -222,6 +222,16 @@ def read_list(table: Path, folder: Path | None = None) -> ImageList:
     return ImageList(columns["image"], coordinates, columns["country"], columns["region"])
 
 
+def places_of(listed: ImageList) -> tuple[list[str], list[str]]:
+    """Country codes and regions of the true places: the list's, or those of the place on the map."""
+    from geobased.geography.geocell_collection import Geocells
+
+    cells = Geocells.world()
+    here = cells.locate(*listed.coordinates.T)
+    codes = [told or str(cells.country_codes[cell]) for told, cell in zip(listed.countries, here, strict=True)]
+    return codes, [told or str(cells.regions[cell]) for told, cell in zip(listed.regions, here, strict=True)]
+
+
 def _ceiling(pipe: "ImageGeolocalizationPipeline", listed: ImageList) -> "CandidateCeiling":
     from geobased.modeling_streetclip.candidate_ceiling import candidate_ceiling
 
@@ -240,12 +250,8 @@ def _measure(
 
     from geobased.geography import evaluation
     from geobased.geography.gazetteer import countries, find_country
-    from geobased.geography.geocell_collection import Geocells
 
-    cells = Geocells.world()
-    here = cells.locate(*listed.coordinates.T)
-    codes = [told or str(cells.country_codes[cell]) for told, cell in zip(listed.countries, here, strict=True)]
-    regions = [told or str(cells.regions[cell]) for told, cell in zip(listed.regions, here, strict=True)]
+    codes, regions = places_of(listed)
     known = {country.code for country in countries()}
     # an answer is right if no other candidate is nearer to the truth
     places = pipe.candidate_places()
