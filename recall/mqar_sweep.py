@@ -6,12 +6,11 @@ chosen on validation examples with the first seed; the test segments are read on
 
 import datetime
 import json
-import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from geobased.training.artifacts import versions, write_json
+from geobased.training.worker_processes import default_workers, device_pool, worker_device
 
 from .mqar import Examples, Segment, generate_examples, segment_seeds
 from .mqar_presets import ABSENT, PRESETS, Configuration, Preset
@@ -31,7 +31,6 @@ VALIDATION_EXAMPLES = 500  # per segment
 DEFAULT_WORKERS = 4  # per GPU: while one compiles kernels, the others train
 
 # of a worker process
-_device = torch.device("cpu")
 _examples: dict[int, tuple[list[Examples], ...]] = {}
 
 
@@ -137,17 +136,12 @@ def _row(preset: Preset, configuration: Configuration, trained: TrainedModel, te
     }
 
 
-def _start_worker(devices: Any, threads: int) -> None:
-    global _device
-    _device = torch.device(devices.get())
+def _prepare_worker() -> None:
     # every worker compiles a few small functions; the default is as many processes each as there are cores
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
-    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     # one compiled form per width and state size; beyond the default of 8 it would run uncompiled
     torch._dynamo.config.recompile_limit = 128
-    if _device.type == "cuda":
-        torch.cuda.set_device(_device)
 
 
 def train_configuration(
@@ -167,13 +161,13 @@ def train_configuration(
             if seed not in _examples:
                 # copied to the device once, for all cohorts
                 parts = load_examples(preset, [seed], cache)[0]
-                _examples[seed] = tuple([on_device(examples, _device) for examples in part] for part in parts)
+                _examples[seed] = tuple([on_device(examples, worker_device()) for examples in part] for part in parts)
             train_set, validation, test = _examples[seed]
             config = configuration.model_config(preset.vocab_size)
             settings = TrainingSettings(missing[0], preset.epochs, preset.batch_size, seed=seed, precision=preset.precision)
             runs = [(config, replace(settings, learning_rate=rate)) for rate in missing]
             unfinished = [output_dir / "unfinished" / f"{run_name(configuration, rate, seed)}.pt" for rate in missing]
-            cohort = train_cohort(runs, train_set, validation, device=_device, deadline=deadline, checkpoints=unfinished)
+            cohort = train_cohort(runs, train_set, validation, device=worker_device(), deadline=deadline, checkpoints=unfinished)
             for trained in cohort:
                 if trained is not None:
                     name = run_name(configuration, trained.settings.learning_rate, seed)
@@ -288,19 +282,9 @@ def _train_all(
     total = expected_runs(preset, configurations)
     if count_done() == total:
         return
-    context = multiprocessing.get_context("spawn")
-    on_gpu = device.type == "cuda"
-    cores = len(os.sched_getaffinity(0))
-    names = [str(device)] if device.index is not None or not on_gpu else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    workers = workers or (DEFAULT_WORKERS * len(names) if on_gpu else max(1, cores // 2))
     # generated once, before every worker would, and all seeds' side by side
     load_examples(preset, preset.seeds, output_dir / "examples", progress=True)
-    devices = context.Queue()
-    for i in range(workers):
-        devices.put(names[i % len(names)])
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(devices, max(1, cores // workers))
-    )
+    pool = device_pool(device, workers or default_workers(device, DEFAULT_WORKERS), _prepare_worker)
     # those that take longest first, so that none of them is left for the end
     ordered = sorted(configurations, key=lambda item: (-item.hidden_size * sum(map(_relative_cost, item.mixers)), item.label))
     with pool, tqdm(total=total, initial=count_done(), desc=f"{preset.name}: trainings", unit="run") as bar:

@@ -3,12 +3,10 @@
 Every audit is a cell with a file of its own, written when it is done, so that a run which was cut off goes on where it ended.
 """
 
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from geobased.auditing.configuration import AuditConfiguration, read_configurati
 from geobased.auditing.ledger import ledger_problems
 from geobased.auditing.model_loading import ModelSource, model_sha256
 from geobased.training.artifacts import versions, write_json
+from geobased.training.worker_processes import ThisProcess, device_pool, worker_device
 
 PLANT_FILE, CELLS, RESULTS = "plant.json", "cells", "results.json"
 PLANTED, CONTROL = "planted", "control"
@@ -94,7 +93,7 @@ def measure_organisms(
     # the first seed of all questions first, so that a call that ends early leaves a whole table
     missing = sorted((part for part in parts if part.stored() is None), key=lambda part: part.names["seed"])
     deadline = None if max_seconds is None else time.time() + max_seconds
-    for line in _done(missing, settings.device, workers, deadline):
+    for line in _done(missing, torch.device(settings.device), workers, deadline):
         say(line)
     cells = [cell for part in parts if (cell := part.stored()) is not None]
     if len(cells) < len(parts):
@@ -120,15 +119,17 @@ def _parts(organism: str | Path, output: Path, settings: TableSettings) -> list[
     chosen = [path for path in found if not settings.questions or path.stem in settings.questions]
     if not chosen:
         raise ValueError(f"{organism} has no configuration named {' or '.join(settings.questions) or '*.yaml'}")
+    models = {PLANTED: str(folder), CONTROL: plant["base"]}
+    digests = {model: model_sha256(ModelSource(name).folder()) for model, name in models.items()}
     parts = []
     for path in chosen:
-        for model, name in ((PLANTED, str(folder)), (CONTROL, plant["base"])):
-            digest_of_model = model_sha256(ModelSource(name).folder())
+        asked_there = read_configuration(path)
+        for model, name in models.items():
             for seed in range(settings.seeds):
-                configuration = _adapted(read_configuration(path), name, seed, settings)
+                configuration = _adapted(asked_there, name, seed, settings)
                 names = {"organism": folder.name, "plant": plant["plant"], "audit": path.stem, "model": model, "seed": seed}
                 names["trigger"] = plant["truth"].get("trigger")
-                asked = {"configuration": configuration.to_dict(), "model": digest_of_model}
+                asked = {"configuration": configuration.to_dict(), "model": digests[model]}
                 # where the model's folder lies does not matter
                 asked["configuration"]["model"]["name"] = model
                 place = output / CELLS / f"{folder.name}-{path.stem}-{model}-{seed}.json"
@@ -146,42 +147,28 @@ def _adapted(configuration: AuditConfiguration, name: str, seed: int, settings: 
     return replace(configuration, model=model, question=question, seed=seed, mode="in_process")
 
 
-def _done(parts: Sequence[_Part], device: str, workers: int, deadline: float | None) -> Iterator[str]:
+def _done(parts: Sequence[_Part], device: torch.device, workers: int, deadline: float | None) -> Iterator[str]:
     """Does what can begin before the deadline (of `time.time`), and gives a line for each part that is done."""
     if workers == 1 or len(parts) < 2:
-        yield from filter(None, (_audited(part, device, deadline) for part in parts))
+        here = ThisProcess(device)
+        yield from filter(None, (here.submit(_audited, part, deadline).result() for part in parts))
         return
-    context = multiprocessing.get_context("spawn")
-    devices = context.Queue()
-    number = torch.cuda.device_count() if device == "cuda" else 1
-    for worker in range(workers):
-        devices.put(f"cuda:{worker % number}" if device == "cuda" else device)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, threads)) as pool:
-        futures = [pool.submit(_audited, part, None, deadline) for part in parts]
+    with device_pool(device, workers) as pool:
+        futures = [pool.submit(_audited, part, deadline) for part in parts]
         try:
             yield from filter(None, (future.result() for future in as_completed(futures)))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_device = "cpu"
-
-
-def _start_worker(devices: Any, threads: int) -> None:
-    global _device
-    _device = devices.get()
-    torch.set_num_threads(threads)
-
-
-def _audited(part: _Part, device: str | None, deadline: float | None) -> str | None:
-    """Writes a part's cell; a line about it, or None if it is too late to begin. Without a device on that of the process."""
+def _audited(part: _Part, deadline: float | None) -> str | None:
+    """Writes a part's cell; a line about it, or None if it is too late to begin."""
     if deadline is not None and time.time() > deadline:
         return None
     started = time.monotonic()
     source = part.configuration.model
     assert isinstance(source, ModelSource)
-    findings, ledger, _ = run_configuration(replace(part.configuration, model=replace(source, device=device or _device)))
+    findings, ledger, _ = run_configuration(replace(part.configuration, model=replace(source, device=str(worker_device()))))
     if problems := ledger_problems(ledger):
         raise RuntimeError(f"{part.place.stem}: {problems[0]}")
     seconds = time.monotonic() - started

@@ -7,13 +7,11 @@ each cohort and is all that a later call needs.
 import datetime
 import json
 import math
-import multiprocessing
-import os
 import platform
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -29,6 +27,7 @@ from .sumformer_experiment_cohorts import Cohort, Run, TrainedRun
 from .sumformer_experiment_models import SET_TRANSFORMER, Architecture, SetFunction
 from .sumformer_experiment_settings import PRESETS, STANDARD_SIZE, Preset
 from .sumformer_experiment_targets import random_sets
+from .worker_processes import ThisProcess, default_workers, device_pool, worker_device
 
 DEFAULT_WORKERS = 4  # per GPU: while one builds models and graphs, the others train
 TIMED_CALLS = 20
@@ -182,7 +181,8 @@ def _train_all(
     waiting = deque(_unfinished(preset, entries))
     if not waiting:
         return
-    executor, workers = _executor(device, workers)
+    workers = workers or default_workers(device, DEFAULT_WORKERS)
+    executor: Executor = ThisProcess(device) if workers == 1 else device_pool(device, workers)
     running: dict[Future[list[Entry]], Architecture] = {}
     total, failures = len(preset.targets_of()), []
     with executor:
@@ -212,44 +212,6 @@ def _train_all(
         raise RuntimeError(f"{len(failures)} architectures failed, the others are kept: {names}") from failures[0][1]
 
 
-class _ThisProcess(Executor):
-    """Does what it is given at once."""
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments, **options))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-_device = torch.device("cpu")  # of a worker process
-
-
-def _start_worker(devices: Any, threads: int) -> None:
-    global _device
-    _device = torch.device(devices.get())
-    torch.set_num_threads(threads)
-    if _device.type == "cuda":
-        torch.cuda.set_device(_device)
-
-
-def _executor(device: torch.device, workers: int | None) -> tuple[Executor, int]:
-    on_gpu, cores = device.type == "cuda", len(os.sched_getaffinity(0))
-    names = [str(device)] if device.index is not None or not on_gpu else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    workers = workers or (DEFAULT_WORKERS * len(names) if on_gpu else max(1, cores // 2))
-    if workers == 1:
-        global _device
-        _device = torch.device(names[0])
-        return _ThisProcess(), 1
-    context = multiprocessing.get_context("spawn")
-    devices = context.Queue()
-    for i in range(workers):
-        devices.put(names[i % len(names)])
-    return ProcessPoolExecutor(workers, context, _start_worker, (devices, max(1, cores // workers))), workers
-
-
 def train_architecture(preset: Preset, architecture: Architecture, entries: list[Entry], deadline: float | None) -> list[Entry]:
     """The next cohort of an architecture: without entries the first seed with all learning rates, which gives them; otherwise
     the seeds that the entries lack, at the chosen rates.
@@ -266,7 +228,7 @@ def train_architecture(preset: Preset, architecture: Architecture, entries: list
         ]
     else:
         runs = [Run(target, rate, 0) for target in targets for rate in preset.learning_rates]
-    cohort = Cohort(architecture, runs, preset.training, _device)
+    cohort = Cohort(architecture, runs, preset.training, worker_device())
     if not cohort.train(deadline):
         return []
     first = next(iter(preset.ladders.values())).architectures

@@ -40,6 +40,7 @@ from geobased.training.superhf_experiment_stages import HELD_OUT_REWARD, REWARD,
 from geobased.training.superhf_experiment_verdicts import comparisons, marked_rows, verdicts
 from geobased.training.superhf_experiment_worker import do_part, prepare_process, result_path
 from geobased.training.superhf_metrics import meteor_name
+from geobased.training.worker_processes import ThisProcess, num_cores
 
 RESULTS_FILE = "results.json"
 DEFAULT_WORKERS = 7  # per GPU: the models are small, and most of a step is work of the host
@@ -116,7 +117,7 @@ def run_experiment(
         based=based,
         text=tuple(map(str, text)),
         held_out_text=tuple(map(str, held_out_text)),
-        num_workers=max(1, _cores() // 2),
+        num_workers=max(1, num_cores() // 2),
         deadline=deadline,
     )
     work = _Work(job, tuple(arms), tuple(policies), slots, report, earlier, started)
@@ -141,12 +142,7 @@ class _Slot:
 
     def submit(self, job: Job, part: Part) -> "Future[float]":
         if self.pool is None:
-            future: Future[float] = Future()
-            try:
-                future.set_result(do_part(job, part))
-            except Exception as error:
-                future.set_exception(error)
-            return future
+            return ThisProcess(torch.device("cpu")).submit(do_part, job, part)
         # the process starts with the first part. It must see one GPU: trainers spread over all that they see
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
         if self.gpu is not None:
@@ -164,19 +160,15 @@ class _Slot:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _slots(device: torch.device, workers: int | None) -> list[_Slot]:
     if device.type != "cuda":
-        number = workers or max(1, _cores() // 2)
-        return [_Slot(None, max(1, _cores() // number), inline=number == 1) for _ in range(number)]
+        number = workers or max(1, num_cores() // 2)
+        return [_Slot(None, max(1, num_cores() // number), inline=number == 1) for _ in range(number)]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     gpus = visible if device.index is None else [visible[device.index]]
     number = workers or DEFAULT_WORKERS * len(gpus)
-    return [_Slot(gpus[i % len(gpus)], max(1, _cores() // number)) for i in range(number)]
+    return [_Slot(gpus[i % len(gpus)], max(1, num_cores() // number)) for i in range(number)]
 
 
 @dataclass
