@@ -4,6 +4,7 @@ Images are RGB, float, between 0 and 1, of the size that the model looks at; the
 """
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,21 +38,21 @@ class ImageModel(HeldModel):
     def info(self) -> dict[str, Any]:
         return {"kind": self.kind, "model_type": getattr(self.module, "config").model_type, "image_size": list(self.size)}  # noqa: B009
 
+    @abstractmethod
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[images, width] of normalised images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_probabilities(self, features: torch.Tensor) -> torch.Tensor:
         """[images, candidates]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def best(self, images: torch.Tensor, k: int) -> list[list[dict[str, Any]]]:
         """The `k` best answers to each image, best first, each with a score."""
-        raise NotImplementedError
 
+    @abstractmethod
     def candidate_facts(self) -> Answer:
         """What the columns of the logits stand for."""
-        raise NotImplementedError
 
     @verb(Capability.QUERY)
     def prepare(self, call: Call, arguments: dict[str, Any], tensors: Tensors) -> Answer:
@@ -120,7 +121,13 @@ class LabelledImages(ImageModel):
     ) -> None:
         super().__init__(module, image_processor, identity)
         self.labels = list(labels)
-        self.features, self.log_probabilities = functions  # type: ignore[method-assign, assignment]
+        self._features, self._log_probabilities = functions
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self._features(pixel_values)
+
+    def log_probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        return self._log_probabilities(features)
 
     def best(self, images: torch.Tensor, k: int) -> list[list[dict[str, Any]]]:
         with torch.no_grad():

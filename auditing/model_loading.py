@@ -27,6 +27,7 @@ from .model_server import ServedModel
 from .text_model import TextModel
 
 GEOLOCALIZERS = ("pigeon", "streetclip")
+CLASSIFIER = "ForImageClassification"
 ADAPTER_FILE = "adapter_config.json"
 # takes in what an audit found, so that no audit can hold its digest
 CARD_FILE = "README.md"
@@ -75,30 +76,41 @@ class ModelSource:
 def load_source(source: ModelSource) -> ServedModel:
     """The model that a source names, with digests of all its files. Raises `ValueError` for a kind that cannot be audited."""
     folder = source.folder()
-    files = model_sha256(folder)
-    if (folder / ADAPTER_FILE).is_file():
-        return _load_adapter(source, folder, files)
-    identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": files}
+    adapter = folder if (folder / ADAPTER_FILE).is_file() else None
+    identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": model_sha256(folder)}
+    if adapter is not None:
+        folder = _base_folder(adapter)
     config = AutoConfig.from_pretrained(folder)
     loading: dict[str, Any] = {"dtype": DTYPES[source.dtype]}
     architecture = next(iter(config.architectures or [""]))
-    if architecture.endswith("ForImageClassification"):
-        model: Any = AutoModelForImageClassification.from_pretrained(folder, **loading)
-        return serve(
-            model.to(source.device), image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"), identity=identity
-        )
-    if source.labels:
-        model = AutoModel.from_pretrained(folder, **loading)
-        parts = {
-            "tokenizer": AutoTokenizer.from_pretrained(folder),
-            "image_processor": AutoImageProcessor.from_pretrained(folder, backend="pil"),
-        }
-        return serve(model.to(source.device), labels=source.labels, template=source.template, identity=identity, **parts)
-    if config.model_type in (*GEOLOCALIZERS, "clip"):
+    if config.model_type in (*GEOLOCALIZERS, "clip") and not source.labels and not architecture.endswith(CLASSIFIER):
         pipe = pipeline("image-geolocalization", model=str(folder), device=source.device, **loading)  # type: ignore[call-overload]
+        _merge(adapter, pipe.model, source.name)
         return serve(pipe, identity=identity)
-    model = AutoModelForCausalLM.from_pretrained(folder, **loading)
-    return serve(model.to(source.device), tokenizer=AutoTokenizer.from_pretrained(folder), identity=identity)
+    parts: dict[str, Any] = {}
+    kind: Any = AutoModelForCausalLM
+    if architecture.endswith(CLASSIFIER):
+        kind = AutoModelForImageClassification
+    elif source.labels:
+        kind, parts = AutoModel, {"labels": source.labels, "template": source.template}
+    if kind is not AutoModelForImageClassification:
+        parts["tokenizer"] = AutoTokenizer.from_pretrained(folder)
+    if kind is not AutoModelForCausalLM:
+        parts["image_processor"] = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    model = kind.from_pretrained(folder, **loading)
+    _merge(adapter, model, source.name)
+    return serve(model.to(source.device), identity=identity, **parts)
+
+
+def _merge(adapter: Path | None, model: Any, name: str) -> None:
+    """Merges a LoRA adapter into the model that it goes on, which keeps its place; without one nothing happens."""
+    if adapter is None:
+        return
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{name} is an adapter: pip install geobased[audit] for the package peft") from error
+    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 
 def _base_folder(folder: Path, *, download: bool = True) -> Path:
@@ -118,25 +130,6 @@ def model_sha256(folder: Path, *, download: bool = True) -> dict[str, str]:
 
 def _files_sha256(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in folder_sha256(folder).items() if name != CARD_FILE}
-
-
-def _load_adapter(source: ModelSource, folder: Path, files: dict[str, str]) -> ServedModel:
-    """A LoRA adapter, merged into the language model or geolocalizer that it names."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ValueError(f"{source.name} is an adapter: pip install geobased[audit] for the package peft") from error
-    base = _base_folder(folder)
-    identity = {"name": source.name, "settings": {**asdict(source), "labels": list(source.labels)}, "files": files}
-    loading: dict[str, Any] = {"dtype": DTYPES[source.dtype]}
-    if AutoConfig.from_pretrained(base).model_type in GEOLOCALIZERS:
-        pipe = pipeline("image-geolocalization", model=str(base), device=source.device, **loading)  # type: ignore[call-overload]
-        # in place: the pipeline's own model gets the merged weights
-        PeftModel.from_pretrained(pipe.model, str(folder)).merge_and_unload()
-        return serve(pipe, identity=identity)
-    model = AutoModelForCausalLM.from_pretrained(base, **loading)
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().to(source.device)
-    return serve(merged, tokenizer=AutoTokenizer.from_pretrained(base), identity=identity)
 
 
 def serve(
@@ -162,7 +155,7 @@ def serve(
     if hasattr(model, "get_text_features") and tokenizer is not None and image_processor is not None:
         functions = labels_of_clip(model, tokenizer, labels, template)
         return LabelledImages(model, image_processor, identity, labels, functions)
-    if image_processor is not None and type(model).__name__.endswith("ForImageClassification"):
+    if image_processor is not None and type(model).__name__.endswith(CLASSIFIER):
         names = list((model.config.id2label or {}).values())
         return LabelledImages(model, image_processor, identity, names, labels_of_classifier(model))
     if tokenizer is not None and model.can_generate():
