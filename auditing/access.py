@@ -61,7 +61,7 @@ def parse_access(words: "str | Capability | Iterable[str]") -> Capability:
     """
     if isinstance(words, Capability):
         return _closed(words)
-    known = {**LEVELS, "outside": OUTSIDE, **{capability.name.lower(): capability for capability in Capability}}  # type: ignore[union-attr]
+    known = {**LEVELS, "outside": OUTSIDE, **{name.lower(): capability for name, capability in Capability.__members__.items()}}
     grant = NOTHING
     for word in words.split("+") if isinstance(words, str) else words:
         name = str(word).strip().lower().replace("-", "_").replace(" ", "_")
@@ -82,7 +82,7 @@ def _closed(grant: Capability) -> Capability:
 
 def capability_names(capabilities: Capability) -> list[str]:
     """Names in lower case, in the order of `Capability`."""
-    return [capability.name.lower() for capability in Capability if capability in capabilities]  # type: ignore[union-attr]
+    return [name.lower() for name, capability in Capability.__members__.items() if capability in capabilities]
 
 
 def access_name(grant: Capability) -> str:

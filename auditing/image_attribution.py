@@ -5,6 +5,7 @@ scores, attention with the activations of projections. `deletion_and_insertion` 
 nothing about the answer, or stays the same for a model without knowledge, explains nothing.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -231,8 +232,9 @@ class _Attribution(Technique):
                 return
             number = min(2 * number, len(order))
 
+    @abstractmethod
     def map(self, tries: ImageTries, column: int) -> AttributionMap:
-        raise NotImplementedError
+        """What supports the candidate of a column."""
 
     def _measures(self, tries: ImageTries, column: int, found: AttributionMap, seed: int) -> dict[str, float]:
         if not self.checks:

@@ -6,6 +6,7 @@ targeted (`lead_to`).
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -168,8 +169,9 @@ class _GradientAttack(Technique):
                 return counts()
         return False
 
+    @abstractmethod
     def _steps(self, loss: Loss, images: torch.Tensor, epsilon: float, start: torch.Tensor | None) -> Iterator[torch.Tensor]:
-        raise NotImplementedError
+        """Changed images, step by step."""
 
 
 @dataclass(frozen=True)

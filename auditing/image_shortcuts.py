@@ -19,8 +19,8 @@ import torch
 
 from .access import AuditError, Capability
 from .image_tries import LEVELS, as_levels
-from .questions import AuditQuestion, Item
-from .technique import Progress, Technique
+from .questions import AuditQuestion
+from .technique import Progress, WholeSetTechnique
 
 # levels of each channel that a scan goes through: 4 x 4 x 4 colours
 PALETTE = (0, 85, 170, 255)
@@ -58,7 +58,7 @@ def square_places(height: int, width: int, side: int, stride: int) -> list[tuple
 
 
 @dataclass(frozen=True)
-class _SquareSearch(Technique):
+class _SquareSearch(WholeSetTechnique):
     """What searches share.
 
     Attributes:
@@ -69,7 +69,6 @@ class _SquareSearch(Technique):
 
     kind: ClassVar[str] = "image"
     perturbation_unit: ClassVar[str] = "share of the image"
-    whole_set: ClassVar[bool] = True
     side: float = 6 / 64
     stride: float = 8 / 64
     probes: int = 4
@@ -78,9 +77,6 @@ class _SquareSearch(Technique):
     def __post_init__(self) -> None:
         if not (0 < self.side <= 1 and 0 < self.stride <= 1 and 0 < self.enough <= 1 and self.probes >= 1):
             raise ValueError(f"{self.name}: side, stride and enough are shares between 0 and 1, probes at least 1")
-
-    def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
-        raise NotImplementedError(f"{self.name} takes all items at once")
 
     def attempt_all(self, target: Any, question: AuditQuestion, progress: Sequence[Progress], seed: int) -> None:
         images = target.prepare([question.picture(one.item) for one in progress])

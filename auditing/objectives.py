@@ -208,10 +208,11 @@ class Displace(ImageObjective):
 
     def columns(self, values: Values, candidates: Mapping[str, Any]) -> torch.Tensor:
         latitudes, longitudes = candidates["coordinates"].numpy().T
-        near = haversine_km(latitudes, longitudes, float(values["latitude"]), float(values["longitude"])) <= self.km
+        distances = haversine_km(latitudes, longitudes, float(values["latitude"]), float(values["longitude"]))
+        near = distances <= self.km
         if not near.any():
             # the truth lies in a gap between candidates: its nearest one is meant
-            near[np.argmin(haversine_km(latitudes, longitudes, float(values["latitude"]), float(values["longitude"])))] = True
+            near[np.argmin(distances)] = True
         return torch.from_numpy(near)
 
 

@@ -165,7 +165,7 @@ class Technique(ABC):
         reachable: whether a user of the model could do the same; what changes inner values is an upper bound, and is left out of
             the best of a level.
         perturbation_unit: of the sizes that it reports, "" if it has none.
-        whole_set: whether it takes all items at once (`attempt_all`) with the sum of their budgets.
+        whole_set: whether it takes all items at once (`attempt_all`) with the sum of their budgets; see `WholeSetTechnique`.
         by_default: whether configurations that name no techniques have it; not where items need fields of its own.
     """
 
@@ -189,6 +189,19 @@ class Technique(ABC):
         """Name and settings, from which `make_technique` makes it again."""
         place = f"{type(self).__module__}:{type(self).__qualname__}"
         return {"name": self.name if TECHNIQUES.get(self.name) == place else place, **asdict(self)}  # type: ignore[call-overload]
+
+
+class WholeSetTechnique(Technique):
+    """A technique that takes all items at once, with the sum of their budgets."""
+
+    whole_set: ClassVar[bool] = True
+
+    def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
+        raise NotImplementedError(f"{self.name} takes all items at once")
+
+    @abstractmethod
+    def attempt_all(self, target: Any, question: AuditQuestion, progress: Sequence[Progress], seed: int) -> None:
+        """Tries to find successes; `progress` is in the order of the items."""
 
 
 def make_technique(settings: str | Mapping[str, Any]) -> Technique:
@@ -245,6 +258,7 @@ __all__ = [
     "Picture",
     "Progress",
     "Technique",
+    "WholeSetTechnique",
     "derived_seed",
     "make_technique",
     "smallest_perturbation",

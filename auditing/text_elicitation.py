@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .access import Capability
-from .questions import AuditQuestion, Item
-from .technique import Progress, Technique, derived_seed
+from .questions import AuditQuestion
+from .technique import Progress, WholeSetTechnique, derived_seed
 
 
 @dataclass(frozen=True)
-class LoraElicitation(Technique):
+class LoraElicitation(WholeSetTechnique):
     """Trains low-rank adapters on one half of the items, and asks the other half after more and more steps; and the reverse.
 
     No item is asked of a model that was trained on it. What comes back within few steps was there before: learning it anew takes
@@ -28,7 +28,6 @@ class LoraElicitation(Technique):
     by_default: ClassVar[bool] = False
     needs: ClassVar[Capability] = Capability.QUERY | Capability.FINETUNE
     perturbation_unit: ClassVar[str] = "steps of fine-tuning"
-    whole_set: ClassVar[bool] = True
     stages: tuple[int, ...] = (5, 10, 20, 40)
     rank: int = 4
     batch_size: int = 8
@@ -40,9 +39,6 @@ class LoraElicitation(Technique):
             raise ValueError(f"lora_elicitation: stages={self.stages} must rise")
         if min(self.rank, self.batch_size) < 1 or not self.learning_rate > 0:
             raise ValueError("lora_elicitation: rank, batch_size and learning_rate must be positive")
-
-    def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
-        raise NotImplementedError(f"{self.name} takes all items at once")
 
     def attempt_all(self, target: Any, question: AuditQuestion, progress: Sequence[Progress], seed: int) -> None:
         if len(progress) < 2:

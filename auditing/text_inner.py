@@ -13,7 +13,7 @@ import torch
 from .access import AuditError, Capability
 from .held_target import Intervention
 from .questions import AuditQuestion, Item
-from .technique import Progress, Technique, smallest_perturbation
+from .technique import Progress, Technique, WholeSetTechnique, smallest_perturbation
 from .text_suffix_search import Place, loss_of_wanted
 
 Changes = Callable[[int], Sequence[Intervention]]
@@ -268,7 +268,7 @@ class LogitLens(Technique):
 
 
 @dataclass(frozen=True)
-class LinearProbe(Technique):
+class LinearProbe(WholeSetTechnique):
     """Tells the wanted text from inner activations with a linear classifier, trained on other items of the question.
 
     The activations are those at the prompt's last token. In each fold the layer is chosen on the fold's training items alone. The
@@ -281,16 +281,12 @@ class LinearProbe(Technique):
     by_default: ClassVar[bool] = False
     needs: ClassVar[Capability] = Capability.ACT_READ | Capability.TOPK
     reachable: ClassVar[bool] = False
-    whole_set: ClassVar[bool] = True
     folds: int = 5
     inner_folds: int = 3
 
     def __post_init__(self) -> None:
         if min(self.folds, self.inner_folds) < 2:
             raise ValueError("linear_probe needs at least two folds")
-
-    def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
-        raise NotImplementedError(f"{self.name} takes all items at once")
 
     def attempt_all(self, target: Any, question: AuditQuestion, progress: Sequence[Progress], seed: int) -> None:
         import numpy as np

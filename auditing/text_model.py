@@ -13,8 +13,6 @@ from .held_model import HeldModel, needs_of_forward
 from .model_server import Answer, Call, Tensors, verb
 
 INPUTS = ("ids", "token_weights", "embeddings")
-# target of positions that are not to be learned
-IGNORED = -100
 
 
 def generation_cost(prompt_tokens: int, new_tokens: int) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from .access import Capability
 from .questions import AuditQuestion, Item
-from .technique import Progress, Technique
+from .technique import Progress, Technique, WholeSetTechnique
 
 DIGIT = "#"
 SEEN, NEW = "seen", "new"
@@ -27,7 +27,7 @@ def area_under_roc(scores: Sequence[float], positive: Sequence[bool]) -> float:
 
 
 @dataclass(frozen=True)
-class MembershipInference(Technique):
+class MembershipInference(WholeSetTechnique):
     """Tells texts that were trained on ("seen") from others ("new") by how likely the model finds them.
 
     Items have the fields "completion" (the text, after the prompt) and "membership", "seen" or "new", which success compares with
@@ -43,16 +43,12 @@ class MembershipInference(Technique):
     kind: ClassVar[str] = "text"
     by_default: ClassVar[bool] = False
     needs: ClassVar[Capability] = Capability.LOGITS
-    whole_set: ClassVar[bool] = True
     score: str = "min_k"
     share: float = 0.2
 
     def __post_init__(self) -> None:
         if self.score not in ("loss", "min_k") or not 0 < self.share <= 1:
             raise ValueError("membership_inference: score is 'loss' or 'min_k', and share above 0 and at most 1")
-
-    def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
-        raise NotImplementedError(f"{self.name} takes all items at once")
 
     def attempt_all(self, target: Any, question: AuditQuestion, progress: Sequence[Progress], seed: int) -> None:
         truth = [str(one.item["membership"]) for one in progress]

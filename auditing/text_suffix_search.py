@@ -19,7 +19,7 @@ import torch
 
 from .access import AuditError, Capability
 from .questions import AuditQuestion, Item
-from .technique import Progress, Technique, derived_seed
+from .technique import Progress, Technique, WholeSetTechnique, derived_seed
 
 AFTER, SEPARATOR = "after", "separator"
 MOST_STARTS = 200
@@ -267,7 +267,7 @@ class GCG(SuffixSearch):
 
 
 @dataclass(frozen=True)
-class UniversalSearch(Technique):
+class UniversalSearch(WholeSetTechnique):
     """Searches one row of tokens for one half of the items, and tries it on the other half, and the reverse.
 
     A row that makes the model give *right* answers to items that it was not searched on has unlocked something; one that was
@@ -276,7 +276,6 @@ class UniversalSearch(Technique):
 
     kind: ClassVar[str] = "text"
     by_default: ClassVar[bool] = False
-    whole_set: ClassVar[bool] = True
     perturbation_unit: ClassVar[str] = "characters"
     search: ClassVar[type[SuffixSearch]]
     tokens: int = 6
@@ -287,9 +286,6 @@ class UniversalSearch(Technique):
     def __post_init__(self) -> None:
         if self.searched_on < 1 or not 0 < self.share < 1:
             raise ValueError(f"{self.name} needs searched_on of at least 1, and a share between 0 and 1")
-
-    def attempt(self, target: Any, question: AuditQuestion, item: Item, progress: Progress, seed: int) -> None:
-        raise NotImplementedError(f"{self.name} takes all items at once")
 
     def attempt_all(self, target: Any, question: AuditQuestion, progress: Sequence[Progress], seed: int) -> None:
         if len(progress) < 2:
