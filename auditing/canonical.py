@@ -41,6 +41,14 @@ def read_json(text: str | bytes) -> Any:
     return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
 
 
+def safetensors_head(content: bytes) -> dict[str, Any]:
+    """What a safetensors file says of its tensors, and its metadata. Raises `ValueError` for other content."""
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or not 0 < length <= len(content) - 8:
+        raise ValueError("this is no safetensors file")
+    return read_json(content[8 : 8 + length])
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -66,4 +74,13 @@ def message_sha256(header: Any, tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["audit_package", "canonical_json", "file_sha256", "folder_sha256", "message_sha256", "read_json", "sha256"]
+__all__ = [
+    "audit_package",
+    "canonical_json",
+    "file_sha256",
+    "folder_sha256",
+    "message_sha256",
+    "read_json",
+    "safetensors_head",
+    "sha256",
+]

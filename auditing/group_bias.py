@@ -189,9 +189,10 @@ class _Resampled:
         return near
 
     def accuracy(self, members: np.ndarray) -> tuple[dict[float, Estimate], Estimate]:
-        within = {
-            km: self.estimate(float(self.hits(km)[members].mean()), self.shares(self.hits(km), members)) for km in THRESHOLDS_KM
-        }
+        within = {}
+        for km in THRESHOLDS_KM:
+            hits = self.hits(km)
+            within[km] = self.estimate(float(hits[members].mean()), self.shares(hits, members))
         chosen = members[self.order]
         errors, owners = self.errors[chosen], self.cluster_of[chosen]
         medians = []

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .access import AuditError, Capability
+from .canonical import safetensors_head
 from .image_tries import LEVELS, as_levels
 from .questions import AuditQuestion
 from .technique import Progress, WholeSetTechnique
@@ -273,8 +274,7 @@ def training_images(content: bytes) -> tuple[np.ndarray, list[str]]:
     from safetensors.torch import load
 
     tensors = load(content)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    labels = json.loads(header.get("__metadata__", {}).get("labels", "null"))
+    labels = json.loads(safetensors_head(content).get("__metadata__", {}).get("labels", "null"))
     images = tensors.get("images")
     if images is None or images.dtype != torch.uint8 or images.ndim != 4 or not isinstance(labels, list):
         raise ValueError('training images are a safetensors file with "images" uint8 [n, 3, height, width] and labels')

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .access import Capability
-from .canonical import audit_package, folder_sha256, read_json, sha256
+from .canonical import audit_package, folder_sha256, read_json, safetensors_head, sha256
 
 # what a reader of a card must find (Mitchell et al. 2019), by words of its headings or text
 CARD_TOPICS = {
@@ -126,11 +126,7 @@ def _class_of(config: Any) -> Any:
 
 def safetensors_shapes(content: bytes) -> dict[str, list[int]]:
     """Shapes of a safetensors file's tensors, from its head alone. Raises `ValueError` for other content."""
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or not 0 < length <= len(content) - 8:
-        raise ValueError("this is no safetensors file")
-    head = read_json(content[8 : 8 + length])
-    return {name: list(entry["shape"]) for name, entry in head.items() if name != "__metadata__"}
+    return {name: list(entry["shape"]) for name, entry in safetensors_head(content).items() if name != "__metadata__"}
 
 
 def count_parameters(shapes: Mapping[str, Sequence[int]], names: str = "") -> int:

@@ -50,6 +50,7 @@ from geobased.recall.twin_throughput import (
     ways_to_generate,
 )
 from geobased.recall.twin_training import Rows, Trainer, TrainingRun, row_order, validation_losses
+from geobased.training import artifacts
 from geobased.training.artifacts import save_model_folder, versions, write_json
 from geobased.training.perplexity import perplexity_windows
 from geobased.training.text_files import read_text
@@ -157,10 +158,7 @@ def load_results(output_dir: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there are none.
     """
-    path = Path(output_dir, RESULTS_FILE)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: train the twins first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return artifacts.load_results(output_dir, "train the twins first")
 
 
 def run_twins(

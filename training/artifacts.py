@@ -46,6 +46,14 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
+def load_results(output_dir: str | Path, hint: str = "run the experiment first") -> dict[str, Any]:
+    """What the `results.json` of an experiment's folder holds. Raises `FileNotFoundError`, with the hint, where there is none."""
+    path = Path(output_dir, "results.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {hint}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def save_model_folder(
     model: PreTrainedModel, parts: Sequence[Any], folder: str | Path, dtype: str = "float32", card: str | None = None
 ) -> Path:
@@ -109,4 +117,4 @@ def save_figure(figure: Any, path: str | Path, colours: int = 256) -> None:
         picture.quantize(colours, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
 
 
-__all__ = ["DTYPES", "plot_losses", "save_figure", "save_model_folder", "versions", "write_json"]
+__all__ = ["DTYPES", "load_results", "plot_losses", "save_figure", "save_model_folder", "versions", "write_json"]

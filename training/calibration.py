@@ -19,6 +19,7 @@ from geobased.geography.calibration import DEFAULT_BINS, expected_calibration_er
 from geobased.geography.evaluation import Estimate
 from geobased.recall.gazetteer_documents import format_value
 from geobased.recall.places import load_places
+from geobased.training.artifacts import save_figure
 from geobased.training.perplexity import window_losses
 from geobased.training.preference_rules import gazetteer_prompts
 from geobased.training.text_files import numbered_lines
@@ -315,8 +316,7 @@ def plot_reliability(results: dict[str, Calibration], path: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save_figure(figure, path)
 
 
 __all__ = [

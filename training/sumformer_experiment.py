@@ -22,7 +22,7 @@ from torch import nn
 
 from geobased.whole_file import whole_file
 
-from .artifacts import versions
+from .artifacts import load_results, versions
 from .sumformer_experiment_cohorts import Cohort, Run, TrainedRun
 from .sumformer_experiment_models import SET_TRANSFORMER, Architecture, SetFunction
 from .sumformer_experiment_settings import PRESETS, STANDARD_SIZE, Preset
@@ -92,17 +92,6 @@ def run_experiment(
     finally:
         write()
     return results
-
-
-def load_results(folder: str | Path) -> dict[str, Any]:
-    """What `results.json` of a folder holds.
-
-    Raises `FileNotFoundError` where there is none.
-    """
-    path = Path(folder) / "results.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run the experiment first")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _settings(preset: Preset) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from geobased.training.artifacts import versions, write_json
+from geobased.training.artifacts import load_results, versions, write_json
 from geobased.training.superhf_experiment_settings import (
     ARMS,
     BASED,
@@ -47,18 +47,6 @@ DEFAULT_WORKERS = 7  # per GPU: the models are small, and most of a step is work
 # settings that a later call may change: what is there stays as it is
 EXTENSIBLE = ("num_seeds",)
 Part = Run | str
-
-
-def load_results(output_dir: str | Path) -> dict[str, Any]:
-    """The results in a folder.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    path = Path(output_dir, RESULTS_FILE)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: run the experiment first")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run_experiment(
