@@ -26,4 +26,9 @@ def checkpoint_path(name: str = "based-mini") -> str:
     return str(_FOLDER / name)
 
 
-__all__ = ["checkpoint_path", "shipped_checkpoints", "shipped_organisms"]
+def checkpoint_or_name(model: str) -> str:
+    """What `from_pretrained` is to load for a folder (itself), a shipped checkpoint (its folder) or a Hub id (itself)."""
+    return checkpoint_path(model) if model in shipped_checkpoints() and not Path(model).is_dir() else model
+
+
+__all__ = ["checkpoint_or_name", "checkpoint_path", "shipped_checkpoints", "shipped_organisms"]

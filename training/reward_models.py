@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from geobased.checkpoints import checkpoint_path, shipped_checkpoints
+from geobased.checkpoints import checkpoint_or_name
 from geobased.training.bootstrap import mean_interval
 from geobased.training.text_files import numbered_lines
 
@@ -171,9 +171,8 @@ def load_reward_model(model: str, *, dtype: Any = torch.float32) -> PreTrainedMo
     Raises:
         ValueError: a checkpoint that lacks other weights than the head's.
     """
-    source = checkpoint_path(model) if model in shipped_checkpoints() and not Path(model).is_dir() else model
     loaded, report = AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=1, dtype=dtype, output_loading_info=True
+        checkpoint_or_name(model), num_labels=1, dtype=dtype, output_loading_info=True
     )
     missing = [name for name in sorted(report["missing_keys"]) if name.startswith(f"{loaded.base_model_prefix}.")]
     if missing:

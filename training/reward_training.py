@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData, constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import TrainingArguments as TransformersArguments
 
-from geobased.checkpoints import checkpoint_path, shipped_checkpoints
+from geobased.checkpoints import checkpoint_or_name
 from geobased.model_cards import card_from_template
 from geobased.training.artifacts import plot_losses, save_model_folder, versions, write_json
 from geobased.training.language_modeling import load_config
@@ -147,8 +147,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: no end-of-text token.
     """
-    shipped = source in shipped_checkpoints() and not Path(source).is_dir()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(source) if shipped else source)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_or_name(source))
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {source} has no end-of-text token to end a text with")
     if tokenizer.pad_token is None:

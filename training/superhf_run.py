@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, set_seed
 
-from geobased.checkpoints import checkpoint_path, shipped_checkpoints
+from geobased.checkpoints import checkpoint_or_name
 from geobased.model_cards import card_from_template
 from geobased.training.artifacts import plot_losses, save_model_folder, versions, write_json
 from geobased.training.bootstrap import mean_interval
@@ -237,9 +237,8 @@ def check_columns(function: RewardFunction, rows: Sequence[dict[str, Any]]) -> N
 
 
 def _policy(model: str) -> Any:
-    source = checkpoint_path(model) if model in shipped_checkpoints() and not Path(model).is_dir() else model
     # mixed precision keeps float32 weights
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(checkpoint_or_name(model), dtype=torch.float32)
 
 
 def _watch(run: SuperHFRunArguments) -> list["RewardHackingCallback"]:
